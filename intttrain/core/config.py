@@ -1,0 +1,403 @@
+"""The typed configuration: every field, its unit and its rule, in one place.
+
+A configuration file (``configs/*.py``) returns an ``ml_collections.ConfigDict`` that starts from
+``default_config()``; the command line changes single values with ``--config.a.b=v``; ``resolve()`` turns the
+result into the frozen dataclasses below and refuses anything incomplete, misspelt or inconsistent with a
+``UserError``. Code receives only these dataclasses, so no reader needs a default of its own.
+
+An optional feature is an optional section (``model.ttt = None`` is a plain Qwen3 or Llama).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import ml_collections
+import pydantic
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from intttrain.core.errors import UserError, did_you_mean, nearest_divisors
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+_UNION_TAGS = ("llama3", "yarn", "text", "seqio", "tfds")  # pydantic puts these into the path of a problem
+_STRICT = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TTTConfig:
+    """In-Place TTT: which MLP blocks carry a fast weight and how it moves (``docs/method.md``)."""
+
+    layers: tuple[NonNegativeInt, ...]  # indices of the decoder layers with a fast weight
+    chunk_tokens: PositiveInt  # C, tokens per chunk
+    eta: NonNegativeFloat  # size of one update; coupled to chunk_tokens (no 1/C factor)
+    target: Literal["input_embed", "hidden_states", "next_hidden"] = "input_embed"
+    eta_warmup_steps: NonNegativeInt = 0  # eta rises linearly from 0 over these training steps
+    delta_clip: PositiveFloat | None = None  # bound on the Frobenius norm of one chunk's eta * V^T Z
+    delta_spectral: PositiveFloat | None = None  # bound on its spectral norm
+    preserve_row_norm: bool = False  # read W0 + S rescaled to the row norms of W0
+    implementation: Literal["auto", "chunked", "reference"] = "auto"
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Llama3Scaling:
+    """RoPE scaling of Llama 3.1 (long wavelengths divided by ``factor``, smooth in between)."""
+
+    kind: Literal["llama3"]
+    factor: PositiveFloat
+    low_freq_factor: PositiveFloat
+    high_freq_factor: PositiveFloat
+    original_max_position: PositiveInt
+
+
+@dataclass(frozen=True, config=_STRICT)
+class YarnScaling:
+    """YaRN (arXiv 2309.00071): per-frequency interpolation and an attention temperature."""
+
+    kind: Literal["yarn"]
+    factor: PositiveFloat
+    original_max_position: PositiveInt
+    beta_fast: PositiveFloat = 32.0
+    beta_slow: PositiveFloat = 1.0
+
+
+@dataclass(frozen=True, config=_STRICT)
+class RopeConfig:
+    """Rotary position embedding, rotating halves as Hugging Face does."""
+
+    theta: PositiveFloat
+    scaling: Annotated[Llama3Scaling | YarnScaling, Field(discriminator="kind")] | None = None
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ModelConfig:
+    """A Qwen3- or Llama-style decoder; ``family`` decides the per-head q/k RMSNorm and the exported names."""
+
+    family: Literal["qwen3", "llama"]
+    vocab_size: PositiveInt
+    d_model: PositiveInt
+    d_ff: PositiveInt
+    num_layers: PositiveInt
+    num_heads: PositiveInt
+    num_kv_heads: PositiveInt
+    head_dim: PositiveInt
+    rope: RopeConfig
+    ttt: TTTConfig | None
+    tie_embeddings: bool = True
+    norm_eps: PositiveFloat = 1e-6
+    initializer_range: PositiveFloat = 0.02
+    sliding_window: PositiveInt | None = None  # a query sees this many tokens, itself included; None = all
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    attention: Literal["auto", "dense", "banded"] = "auto"
+    remat: Literal["none", "full", "dots", "attention"] = "full"
+    loss_chunk_tokens: PositiveInt = 512  # positions whose logits exist at the same time
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TokenizerConfig:
+    """How text becomes ids. ``byte`` needs no file: ids 0-255 are bytes, 256 ends a document."""
+
+    kind: Literal["byte", "huggingface", "sentencepiece"]
+    path: str | None = None  # tokenizer.json or *.model
+    end_of_document: str | None = None  # the piece appended to every document (not for ``byte``)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TextSource:
+    """Files, or directories searched recursively for the patterns; one file is one document."""
+
+    kind: Literal["text"]
+    paths: tuple[str, ...]
+    patterns: tuple[str, ...] = ("*.txt",)
+    exclude: tuple[str, ...] = ()  # patterns matched against the path below its directory
+    max_bytes: PositiveInt | None = None  # stop after this much text (documents in sorted order)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class SeqioSource:
+    """A registered SeqIO task or mixture; its own vocabulary is replaced by ``prepare.tokenizer``."""
+
+    kind: Literal["seqio"]
+    name: str
+    imports: tuple[str, ...]  # modules that register it
+    split: str = "train"
+    text_feature: str = "text"
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TfdsSource:
+    """A TensorFlow Datasets builder already prepared below ``data_dir``."""
+
+    kind: Literal["tfds"]
+    name: str
+    data_dir: str
+    split: str = "train"
+    text_feature: str = "text"
+
+
+@dataclass(frozen=True, config=_STRICT)
+class PrepareConfig:
+    """What ``intttrain prepare`` reads: text -> OUTPUT/train and OUTPUT/heldout token stores."""
+
+    source: Annotated[TextSource | SeqioSource | TfdsSource, Field(discriminator="kind")]
+    tokenizer: TokenizerConfig
+    heldout_fraction: Fraction = 0.05  # documents set apart, chosen by a hash of their name
+    seed: NonNegativeInt = 0
+
+
+@dataclass(frozen=True, config=_STRICT)
+class MixtureItem:
+    """One token store of the training mixture."""
+
+    path: str
+    weight: PositiveFloat = 1.0
+
+
+@dataclass(frozen=True, config=_STRICT)
+class DataConfig:
+    """Rows for training and held-out evaluation."""
+
+    train: tuple[MixtureItem, ...]
+    heldout: str | None
+    seq_len: PositiveInt  # T, tokens per row
+    align_documents: PositiveInt = 1  # documents start at multiples of this (1 = packed without padding)
+    seed: NonNegativeInt = 0
+    prefetch_rows: PositiveInt = 16  # rows read ahead on the host
+
+
+@dataclass(frozen=True, config=_STRICT)
+class AdamWConfig:
+    """AdamW with decoupled weight decay (none on norms)."""
+
+    b1: Fraction = 0.9
+    b2: Fraction = 0.95
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1
+    clip_norm: PositiveFloat = 1.0  # global gradient norm
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ScheduleConfig:
+    """Linear warm-up, then cosine to ``final_fraction`` or constant with a linear decay at the end (WSD)."""
+
+    kind: Literal["cosine", "wsd"]
+    peak_learning_rate: PositiveFloat
+    warmup_steps: NonNegativeInt
+    decay_steps: NonNegativeInt = 0  # length of the final decay; used by wsd only
+    final_fraction: Fraction = 0.1
+
+
+@dataclass(frozen=True, config=_STRICT)
+class CheckpointConfig:
+    """When to save and what to keep. The last step and an interruption always save."""
+
+    every_steps: PositiveInt = 1000
+    keep_last: PositiveInt = 3
+    keep_every_steps: PositiveInt | None = None  # additionally keep multiples of this forever
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TrainConfig:
+    """One training run."""
+
+    num_steps: PositiveInt
+    batch_rows: PositiveInt  # rows per step over all devices
+    schedule: ScheduleConfig
+    optimizer: AdamWConfig
+    checkpoint: CheckpointConfig
+    microbatches: PositiveInt = 1  # gradient accumulation: the batch is cut into this many pieces
+    log_every_steps: PositiveInt = 10
+    seed: NonNegativeInt = 0
+
+
+@dataclass(frozen=True, config=_STRICT)
+class EvalConfig:
+    """Held-out loss by position in the document."""
+
+    seq_len: PositiveInt  # tokens read of each document
+    documents: PositiveInt  # at most this many held-out documents
+    min_document_tokens: PositiveInt  # shorter ones are left out
+    position_edges: tuple[PositiveInt, ...]  # right edges of the position buckets, increasing
+    batch_rows: PositiveInt = 8
+    bootstrap_samples: PositiveInt = 1000
+    seed: NonNegativeInt = 0
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Config:
+    """Everything a command may need; sections that a command does not use are still checked."""
+
+    name: str
+    model: ModelConfig
+    data: DataConfig
+    prepare: PrepareConfig
+    train: TrainConfig
+    eval: EvalConfig
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """Returns a complete, editable configuration that experiment files start from.
+
+    Sections that every experiment has to choose (model shape, data paths) carry a small byte-level model.
+    """
+    small = Config(
+        name="default",
+        model=ModelConfig(
+            family="qwen3", vocab_size=320, d_model=128, d_ff=384, num_layers=4, num_heads=4, num_kv_heads=2,
+            head_dim=32, rope=RopeConfig(theta=1e4), ttt=TTTConfig(layers=(0,), chunk_tokens=128, eta=0.3),
+        ),
+        data=DataConfig(train=(), heldout=None, seq_len=1024),
+        prepare=PrepareConfig(source=TextSource(kind="text", paths=()), tokenizer=TokenizerConfig(kind="byte")),
+        train=TrainConfig(
+            num_steps=1000, batch_rows=8,
+            schedule=ScheduleConfig(kind="cosine", peak_learning_rate=3e-3, warmup_steps=50),
+            optimizer=AdamWConfig(), checkpoint=CheckpointConfig(),
+        ),
+        eval=EvalConfig(seq_len=1024, documents=64, min_document_tokens=1024, position_edges=(256, 512, 1024)),
+    )  # fmt: skip
+    return ml_collections.ConfigDict(dataclasses.asdict(small))
+
+
+def default_ttt() -> ml_collections.ConfigDict:
+    """Returns an editable ``model.ttt`` section for files that start from a dense model."""
+    return default_config().model.ttt
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """Returns the configuration as nested plain containers (JSON-safe: tuples become lists)."""
+    return pydantic.TypeAdapter(Config).dump_python(config, mode="json")
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns ``{"model.ttt.eta": 0.3, ...}``; the form that is printed, stored and compared."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def resolve(tree: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
+    """Returns the frozen, complete and consistent configuration.
+
+    Raises:
+      UserError: a key that does not exist or is missing, a value of the wrong type or out of range, or values
+        that contradict each other. All single-field problems are reported in one line each, joined by " | ".
+    """
+    plain = tree.to_dict() if isinstance(tree, ml_collections.ConfigDict) else dict(tree)
+    try:
+        config = pydantic.TypeAdapter(Config).validate_python(plain)
+    except pydantic.ValidationError as error:
+        problems = [_explain(problem) for problem in error.errors()]
+        raise UserError(" | ".join(problems)) from None
+    check_consistent(config)
+    return config
+
+
+def _explain(problem: Any) -> str:
+    """Turns one pydantic problem into one sentence with the dotted path of the field."""
+    path = [str(part) for part in problem["loc"] if part not in _UNION_TAGS]
+    dotted = ".".join(path)
+    match problem["type"]:
+        case "unexpected_keyword_argument" | "extra_forbidden":
+            return f"unknown key {dotted}{did_you_mean(path[-1], _field_names(path[:-1]))}"
+        case "missing" | "missing_argument":
+            return f"{dotted} is not set"
+        case _:
+            return f"{dotted}={problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def _field_names(path: list[str]) -> list[str]:
+    """Returns the field names of the section at ``path``; union tags such as ``text`` may stand in the path."""
+    section: Any = Config
+    for name in path:
+        hints = {f.name: f.type for f in dataclasses.fields(section)}
+        if name not in hints:
+            continue
+        section = _section_of(name)
+    return [f.name for f in dataclasses.fields(section)]
+
+
+def _section_of(name: str) -> Any:
+    sections = {
+        "model": ModelConfig, "ttt": TTTConfig, "rope": RopeConfig, "data": DataConfig, "prepare": PrepareConfig,
+        "tokenizer": TokenizerConfig, "source": TextSource, "train": TrainConfig, "schedule": ScheduleConfig,
+        "optimizer": AdamWConfig, "checkpoint": CheckpointConfig, "eval": EvalConfig, "scaling": YarnScaling,
+    }  # fmt: skip
+    return sections.get(name, Config)
+
+
+def check_consistent(config: Config) -> None:
+    """Checks the rules that involve more than one field. Raises ``UserError`` at the first one broken."""
+    _check_model(config.model)
+    if config.model.ttt is not None:
+        _check_ttt(config, config.model.ttt)
+    _check_train(config)
+    edges = config.eval.position_edges
+    if list(edges) != sorted(set(edges)) or not edges or edges[-1] != config.eval.seq_len:
+        raise UserError(
+            f"eval.position_edges={list(edges)} must increase and end at eval.seq_len={config.eval.seq_len}; "
+            f"use for example {[config.eval.seq_len // 2, config.eval.seq_len]}"
+        )
+    if config.eval.min_document_tokens < 2:
+        raise UserError("eval.min_document_tokens=1 leaves no token to predict; use 2 or more")
+
+
+def _check_model(model: ModelConfig) -> None:
+    if model.num_heads % model.num_kv_heads:
+        raise UserError(
+            f"model.num_kv_heads={model.num_kv_heads} does not divide model.num_heads={model.num_heads}; "
+            f"use one of {nearest_divisors(model.num_heads, model.num_kv_heads)}"
+        )
+    if model.head_dim % 2:
+        raise UserError(f"model.head_dim={model.head_dim} must be even for RoPE; use {model.head_dim + 1}")
+    if model.attention == "banded" and model.sliding_window is None:
+        raise UserError('model.attention="banded" needs model.sliding_window; set a window or use "auto"')
+
+
+def _check_ttt(config: Config, ttt: TTTConfig) -> None:
+    last = config.model.num_layers - 1
+    outside = [i for i in ttt.layers if i > last]
+    if outside:
+        raise UserError(
+            f"model.ttt.layers={list(ttt.layers)}: layer {outside[0]} is outside the model "
+            f"(model.num_layers={config.model.num_layers}); use indices 0 to {last}"
+        )
+    if not ttt.layers or list(ttt.layers) != sorted(set(ttt.layers)):
+        raise UserError(
+            f"model.ttt.layers={list(ttt.layers)} must be a non-empty increasing list without repeats; "
+            "for a model without TTT set model.ttt to None"
+        )
+    for name, rows in (("data.seq_len", config.data.seq_len), ("eval.seq_len", config.eval.seq_len)):
+        if rows % ttt.chunk_tokens:
+            choices = ", ".join(map(str, nearest_divisors(rows, ttt.chunk_tokens)))
+            raise UserError(f"model.ttt.chunk_tokens={ttt.chunk_tokens} does not divide {name}={rows}; use {choices}")
+
+
+def _check_train(config: Config) -> None:
+    train, data = config.train, config.data
+    if train.batch_rows % train.microbatches:
+        raise UserError(
+            f"train.microbatches={train.microbatches} does not divide train.batch_rows={train.batch_rows}; "
+            f"use one of {nearest_divisors(train.batch_rows, train.microbatches)}"
+        )
+    if data.seq_len % data.align_documents:
+        raise UserError(
+            f"data.align_documents={data.align_documents} does not divide data.seq_len={data.seq_len}; "
+            f"use one of {nearest_divisors(data.seq_len, data.align_documents)}"
+        )
+    schedule = train.schedule
+    if schedule.warmup_steps + schedule.decay_steps > train.num_steps:
+        raise UserError(
+            f"train.schedule.warmup_steps={schedule.warmup_steps} + decay_steps={schedule.decay_steps} exceed "
+            f"train.num_steps={train.num_steps}; use warm-up {max(0, train.num_steps // 10)} or train longer"
+        )

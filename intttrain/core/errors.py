@@ -1,0 +1,31 @@
+"""The one exception type that reaches a user as a single line instead of a stack trace."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something the user can fix: bad configuration, bad input data, an occupied output path.
+
+    The message is one line and says what is wrong, where, both values, the rule, and the nearest valid choice.
+    The command line prints it after ``error:`` and exits with status 2.
+    """
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """Returns ``"; did you mean 'x'?"`` for the closest choice, or the sorted choices when none is close."""
+    names = sorted(choices)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; choose from {', '.join(names)}"
+
+
+def nearest_divisors(total: int, wanted: int, count: int = 3) -> list[int]:
+    """Returns up to ``count`` divisors of ``total`` closest to ``wanted`` (by ratio), in increasing order."""
+    small = [d for d in range(1, int(total**0.5) + 1) if total % d == 0]
+    divisors = set(small) | {total // d for d in small}
+    ranked = sorted(divisors, key=lambda d: max(d, wanted) / min(d, wanted))
+    return sorted(ranked[:count])
