@@ -1,0 +1,110 @@
+"""The door of the method: one signature, several implementations that agree in value and gradient.
+
+Letters: B row, T tokens, C tokens per chunk, M = T / C chunks, D model width, F feed-forward width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from intttrain.ttt.chunked import scan_chunks
+from intttrain.ttt.layout import FastWeightState, init_state, make_layout
+from intttrain.ttt.reference import project_reference
+from intttrain.ttt.transforms import DeltaTransform
+
+Implementation = Literal["auto", "chunked", "reference"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FastWeightOutput:
+    """Result of ``fast_weight_projection``.
+
+    Attributes:
+      o_BTD: what the down projection hands to the residual stream, dtype of z.
+      state: the state after the last chunk, for the next piece of the row.
+      delta_norm_BM: Frobenius norm of each committed update, relative to that of W0; carries no gradient.
+      state_norm_BM: the same for the state after each chunk. Healthy up to about 4.
+    """
+
+    o_BTD: Float[Array, "B T D"]
+    state: FastWeightState
+    delta_norm_BM: Float[Array, "B M"]
+    state_norm_BM: Float[Array, "B M"]
+
+
+def project(z_BTF: Float[Array, "B T F"], w_down_DF: Float[Array, "D F"]) -> Float[Array, "B T D"]:
+    """Returns ``W0 z`` with fp32 accumulation and fp32 result: the plain down projection."""
+    return jnp.einsum("btf,df->btd", z_BTF, w_down_DF.astype(z_BTF.dtype), preferred_element_type=jnp.float32)
+
+
+def fast_weight_projection(
+    z_BTF: Float[Array, "B T F"],
+    v_BTD: Float[Array, "B T D"],
+    w_down_DF: Float[Array, "D F"],
+    segment_ids_BT: Int[Array, "B T"],
+    *,
+    chunk_tokens: int,
+    eta: Float[Array, ""],
+    gates_BM: Float[Array, "B M"] | None = None,
+    state: FastWeightState | None = None,
+    transform: DeltaTransform = DeltaTransform(),
+    implementation: Implementation = "auto",
+) -> FastWeightOutput:
+    """Applies a fast down projection to a row: every chunk is read with what the chunks before it wrote.
+
+    Args:
+      z_BTF: activations of the MLP block, in the compute dtype.
+      v_BTD: values to write, from ``make_targets``.
+      w_down_DF: the initial weight W0 (D x F).
+      segment_ids_BT: documents of the row; 0 is padding, which is never written.
+      chunk_tokens: C, divides T.
+      eta: size of an update, traced; 0 switches updates off and leaves exactly the plain projection.
+      gates_BM: multiplies each chunk's update, traced; default 1.
+      state: what is carried in from the piece before; default nothing.
+      transform: bounds on updates, static.
+      implementation: ``reference`` (the definition, for tests), ``chunked`` or ``auto`` (chunked).
+
+    Returns:
+      The projected row, the state to carry on, and the size of what was written.
+
+    Raises:
+      ValueError: ``chunk_tokens`` does not divide T.
+
+    Source: In-Place TTT (arXiv 2604.06169), equations restated in ``docs/method.md``.
+    """
+    rows, seq_len, d_ff = z_BTF.shape
+    layout_state = state if state is not None else init_state(rows, w_down_DF.shape[0], d_ff)
+    layout = make_layout(segment_ids_BT, chunk_tokens, layout_state.document_B)
+    chunks = seq_len // chunk_tokens
+    if gates_BM is None:
+        gates_BM = jnp.ones((rows, chunks), jnp.float32)
+    eta = jnp.asarray(eta, jnp.float32)
+    if implementation == "reference":
+        o_BTD, end = project_reference(
+            z_BTF, v_BTD, w_down_DF, segment_ids_BT, chunk_tokens, eta, gates_BM, layout_state, transform
+        )
+        unknown_BM = jnp.full((rows, chunks), jnp.nan, jnp.float32)
+        return FastWeightOutput(o_BTD, end, unknown_BM, unknown_BM)
+
+    z_BMCF = z_BTF.reshape(rows, chunks, chunk_tokens, d_ff)
+    v_BMCD = v_BTD.reshape(rows, chunks, chunk_tokens, -1)
+    frozen_DF = jax.lax.stop_gradient(w_down_DF)
+    with jax.named_scope("ttt_scan"):
+        scanned = scan_chunks(transform, z_BMCF, v_BMCD, frozen_DF, layout, gates_BM, eta, layout_state.s_BDF)
+    o_BTD = project(z_BTF, w_down_DF) + scanned.c_BMCD.reshape(rows, seq_len, -1)
+    if transform.preserve_row_norm:
+        scale_BMCD = jnp.where(layout.reads_BMC[..., None] > 0, scanned.scale_BMD[:, :, None, :], 1.0)
+        o_BTD = o_BTD * jax.lax.stop_gradient(scale_BMCD.reshape(o_BTD.shape))
+    w_norm = jnp.sqrt(jnp.sum(jnp.square(frozen_DF.astype(jnp.float32)))) + 1e-12
+    return FastWeightOutput(
+        o_BTD=o_BTD.astype(z_BTF.dtype),
+        state=FastWeightState(scanned.s_end_BDF, segment_ids_BT[:, -1]),
+        delta_norm_BM=jax.lax.stop_gradient(scanned.delta_norm_BM / w_norm),
+        state_norm_BM=jax.lax.stop_gradient(scanned.state_norm_BM / w_norm),
+    )
