@@ -1,1 +1,6 @@
+"""The Flax NNX decoder: the only home of flax. Qwen3 and Llama families with In-Place TTT layers."""
 
+from intttrain.model.decoder import Decoder, DecoderOutput, TTTStats
+from intttrain.model.loss import token_nll
+
+__all__ = ["Decoder", "DecoderOutput", "TTTStats", "token_nll"]

@@ -1,0 +1,120 @@
+"""Causal grouped-query attention inside documents: the module and its XLA back ends.
+
+``dense`` forms all T x T scores; ``banded`` cuts a sliding window into blocks and forms only the band, so time
+and memory grow with T * window. Both give the same numbers.
+
+Letters: B row, T query tokens, S key tokens, D model width, N query heads, K key/value heads, G = N / K,
+H head dim, W window.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from intttrain.core.config import ModelConfig
+from intttrain.model.layers import make_param, rms_norm
+from intttrain.model.rope import RopeTables, rotate
+
+
+class Attention(nnx.Module):
+    """Projections of one attention block (or a stack of them), with q/k norms in the Qwen3 family."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, stack: tuple[int, ...] = ()):
+        d, n, k, h = config.d_model, config.num_heads, config.num_kv_heads, config.head_dim
+        scale = config.initializer_range
+        self.q = make_param(rngs, stack, (d, n, h), ("embed", "heads", "head_dim"), scale)
+        self.k = make_param(rngs, stack, (d, k, h), ("embed", "kv_heads", "head_dim"), scale)
+        self.v = make_param(rngs, stack, (d, k, h), ("embed", "kv_heads", "head_dim"), scale)
+        self.o = make_param(rngs, stack, (n, h, d), ("heads", "head_dim", "embed"), scale)
+        self.has_qk_norm = config.family == "qwen3"
+        if self.has_qk_norm:
+            self.q_norm = make_param(rngs, stack, (h,), ("norm",), None)
+            self.k_norm = make_param(rngs, stack, (h,), ("norm",), None)
+        self.norm_eps = config.norm_eps
+
+    def project(self, x_BTD: Float[Array, "B T D"], rope: RopeTables) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns rotated queries (B T N H), rotated keys and values (B T K H)."""
+        q_BTNH, k_BTKH, v_BTKH = (
+            jnp.einsum("btd,dnh->btnh", x_BTD, weight[...].astype(x_BTD.dtype)) for weight in (self.q, self.k, self.v)
+        )
+        if self.has_qk_norm:
+            q_BTNH = rms_norm(q_BTNH, self.q_norm[...], self.norm_eps)
+            k_BTKH = rms_norm(k_BTKH, self.k_norm[...], self.norm_eps)
+        return rotate(q_BTNH, rope), rotate(k_BTKH, rope), v_BTKH
+
+    def output(self, o_BTNH: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
+        """Returns the block's contribution to the residual stream."""
+        return jnp.einsum("btnh,nhd->btd", o_BTNH, self.o[...].astype(o_BTNH.dtype))
+
+
+def attend(
+    config: ModelConfig,
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    segment_ids_BT: Int[Array, "B T"],
+) -> Float[Array, "B T N H"]:
+    """Attends from every token to itself and the tokens before it in its document and window."""
+    window, seq_len = config.sliding_window, q_BTNH.shape[1]
+    banded = config.attention == "banded" or (config.attention == "auto" and 2 * (window or seq_len) < seq_len)
+    if banded and window is not None:
+        return banded_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, window)
+    return dense_attention(q_BTNH, k_BTKH, v_BTKH, causal_mask(segment_ids_BT, window))
+
+
+def causal_mask(segment_ids_BT: Int[Array, "B T"], window: int | None) -> Bool[Array, "B T T"]:
+    """Returns which keys (last axis) each query sees."""
+    position_T = jnp.arange(segment_ids_BT.shape[1])
+    distance_TS = position_T[:, None] - position_T[None, :]
+    visible_TS = (distance_TS >= 0) & (distance_TS < (window or segment_ids_BT.shape[1]))
+    return visible_TS[None] & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])
+
+
+def dense_attention(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    mask_BTS: Bool[Array, "B T S"],
+) -> Float[Array, "B T N H"]:
+    """Softmax attention with fp32 scores; every query must see at least one key."""
+    rows, tokens, heads, head_dim = q_BTNH.shape
+    kv_heads = k_BSKH.shape[2]
+    q_BTKGH = q_BTNH.reshape(rows, tokens, kv_heads, heads // kv_heads, head_dim)
+    scores = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * head_dim**-0.5
+    scores = jnp.where(mask_BTS[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKH.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", weights, v_BSKH).reshape(rows, tokens, heads, head_dim)
+
+
+def banded_attention(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    segment_ids_BT: Int[Array, "B T"],
+    window: int,
+) -> Float[Array, "B T N H"]:
+    """Sliding-window attention: blocks of ``window`` queries see their own block and the one before."""
+    rows, seq_len, heads, head_dim = q_BTNH.shape
+    blocks = -(-seq_len // window)
+    padding = blocks * window - seq_len
+
+    def in_blocks(x: jax.Array) -> jax.Array:
+        padded = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
+        return padded.reshape(rows, blocks, window, *x.shape[2:])
+
+    def with_previous(x_BJW: jax.Array) -> jax.Array:
+        """Joins each block with the one before it; the first has zeros there, masked below."""
+        before = jnp.pad(x_BJW[:, :-1], ((0, 0), (1, 0)) + ((0, 0),) * (x_BJW.ndim - 2))
+        return jnp.concatenate([before, x_BJW], axis=2).reshape(rows * blocks, 2 * window, *x_BJW.shape[3:])
+
+    segments_BJW = in_blocks(segment_ids_BT + 1)  # 0 is then outside the row
+    own = segments_BJW.reshape(rows * blocks, window)
+    seen = with_previous(segments_BJW)
+    distance = window + jnp.arange(window)[:, None] - jnp.arange(2 * window)[None, :]
+    mask = ((distance >= 0) & (distance < window))[None] & (own[:, :, None] == seen[:, None, :])
+    q_blocks = in_blocks(q_BTNH).reshape(rows * blocks, window, heads, head_dim)
+    o = dense_attention(q_blocks, with_previous(in_blocks(k_BTKH)), with_previous(in_blocks(v_BTKH)), mask)
+    return o.reshape(rows, blocks * window, heads, head_dim)[:, :seq_len]

@@ -1,0 +1,166 @@
+"""The decoder: Qwen3 and Llama families, with a fast down projection in the chosen layers.
+
+Letters: B row, T tokens, D model width, F feed-forward width, V vocabulary, L layers, n TTT layers, M chunks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from intttrain import ttt
+from intttrain.core.config import ModelConfig, TTTConfig
+from intttrain.model.attention import Attention, attend
+from intttrain.model.layers import MLP, Embedding, RMSNorm, TTTParams
+from intttrain.model.rope import rope_tables
+from intttrain.model.stages import plan_stages, scan_layers
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TTTStats:
+    """Size of the updates, relative to the Frobenius norm of W0, without gradient.
+
+    Attributes:
+      delta_norm_nBM: each chunk's update.
+      state_norm_nBM: the state after each chunk. Healthy up to about 4.
+    """
+
+    delta_norm_nBM: Float[Array, "n B M"]
+    state_norm_nBM: Float[Array, "n B M"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecoderOutput:
+    """Attributes:
+    hidden_BTD: final, normalised hidden states in the compute dtype; ``token_nll`` turns them into losses.
+    ttt: sizes of the updates; ``None`` for a dense model.
+    """
+
+    hidden_BTD: Float[Array, "B T D"]
+    ttt: TTTStats | None
+
+
+class DecoderLayer(nnx.Module):
+    """Pre-norm attention and MLP of one layer, or of a stack of layers."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, stack: tuple[int, ...] = ()):
+        self.attention_norm = RMSNorm(config, rngs, stack)
+        self.attention = Attention(config, rngs, stack)
+        self.mlp_norm = RMSNorm(config, rngs, stack)
+        self.mlp = MLP(config, rngs, stack)
+
+
+class Decoder(nnx.Module):
+    """A causal language model; ``config.ttt = None`` is the plain family.
+
+    Parameters are fp32 and stacked over layers (``layers``) and over TTT layers (``ttt``). The TTT parameters are
+    drawn last, so a dense model with the same seed starts from the same weights.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embed = Embedding(config, rngs)
+        self.layers = DecoderLayer(config, rngs, (config.num_layers,))
+        self.final_norm = RMSNorm(config, rngs)
+        if not config.tie_embeddings:
+            self.head = Embedding(config, rngs)
+        if config.ttt is not None:
+            self.ttt = TTTParams(config, rngs, (len(config.ttt.layers),))
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of activations and matmul inputs."""
+        return jnp.dtype(self.config.compute_dtype)
+
+    def output_weight(self) -> Float[Array, "V D"]:
+        """Returns the fp32 output head, the embedding itself when tied."""
+        return (self.embed if self.config.tie_embeddings else self.head).weight[...]
+
+    def __call__(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        segment_ids_BT: Int[Array, "B T"],
+        positions_BT: Int[Array, "B T"],
+        *,
+        eta: Float[Array, ""] | float | None = None,
+    ) -> DecoderOutput:
+        """Runs the model over packed rows (fields as in ``data.Batch``).
+
+        Args:
+          tokens_BT, segment_ids_BT, positions_BT: the rows; T is a multiple of the TTT chunk.
+          eta: size of an update in place of the configured one; 0 switches test-time training off.
+        """
+        config = self.config
+        x_BTD = self.embed(tokens_BT, self.dtype)
+        rope = rope_tables(config.rope, config.head_dim, positions_BT)
+        eta = jnp.asarray(config.ttt.eta if config.ttt and eta is None else eta or 0.0, jnp.float32)
+        layer_graph, layer_params, ttt_graph, ttt_params = self.split_layers()
+        context = (x_BTD, rope, segment_ids_BT, eta)
+
+        def block(x_BTD: jax.Array, layer_params: Any, ttt_params: Any | None) -> tuple[jax.Array, None, Any]:
+            layer = nnx.merge(layer_graph, layer_params)
+            ttt_layer = None if ttt_params is None else nnx.merge(ttt_graph, ttt_params)
+            return _apply_layer(config, layer, ttt_layer, x_BTD, context)
+
+        stages = plan_stages(config.num_layers, config.ttt.layers if config.ttt else ())
+        x_BTD, _, stats = scan_layers(stages, _remat(block, config.remat), x_BTD, layer_params, ttt_params)
+        return DecoderOutput(self.final_norm(x_BTD), stats)
+
+    def split_layers(self) -> tuple[nnx.GraphDef, Any, nnx.GraphDef | None, Any]:
+        """Returns structure and stacked parameters of the layers and of the TTT layers (``None`` without TTT)."""
+        layer_graph, layer_params = nnx.split(self.layers)
+        if self.config.ttt is None:
+            return layer_graph, layer_params, None, None
+        return layer_graph, layer_params, *nnx.split(self.ttt)
+
+
+def delta_transform(config: TTTConfig) -> ttt.DeltaTransform:
+    """Returns the bounds on updates that the configuration asks for."""
+    return ttt.DeltaTransform(config.delta_clip, config.delta_spectral, config.preserve_row_norm)
+
+
+def _apply_layer(
+    config: ModelConfig, layer: DecoderLayer, ttt_layer: TTTParams | None, x_BTD: jax.Array, context: tuple[Any, ...]
+) -> tuple[jax.Array, None, TTTStats | None]:
+    x0_BTD, rope, segment_ids_BT, eta = context
+    with jax.named_scope("attention"):
+        q_BTNH, k_BTKH, v_BTKH = layer.attention.project(layer.attention_norm(x_BTD), rope)
+        o_BTNH = attend(config, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+        x_BTD = x_BTD + layer.attention.output(checkpoint_name(o_BTNH, "attention"))
+    with jax.named_scope("mlp"):
+        h_BTD = layer.mlp_norm(x_BTD)
+        z_BTF = layer.mlp.activate(h_BTD)
+        if ttt_layer is None or config.ttt is None:
+            return x_BTD + ttt.project(z_BTF, layer.mlp.down[...]).astype(x_BTD.dtype), None, None
+        source_BTD = x0_BTD if config.ttt.target == "input_embed" else h_BTD
+        v_BTD = ttt.make_targets(
+            source_BTD, ttt_layer.target[...], ttt_layer.conv_or_none(), segment_ids_BT, config.ttt.chunk_tokens
+        )
+        fast = ttt.fast_weight_projection(
+            z_BTF, v_BTD, layer.mlp.down[...], segment_ids_BT, chunk_tokens=config.ttt.chunk_tokens, eta=eta,
+            transform=delta_transform(config.ttt), implementation=config.ttt.implementation,
+        )  # fmt: skip
+    return x_BTD + fast.o_BTD, None, TTTStats(fast.delta_norm_BM, fast.state_norm_BM)
+
+
+def _remat(block: Any, policy: str) -> Any:
+    """Wraps a layer so that its activations are recomputed in the backward pass, except what ``policy`` keeps.
+
+    ``none`` keeps everything, ``full`` nothing but the layer's input, ``dots`` the matmul outputs, ``attention``
+    the attention output (cheap to keep, expensive to recompute in long rows).
+    """
+    policies = {
+        "full": jax.checkpoint_policies.nothing_saveable,
+        "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+        "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+    }
+    # prevent_cse is needed only outside scans; a layer outside one may at worst keep its activations.
+    return block if policy == "none" else jax.checkpoint(block, policy=policies[policy], prevent_cse=False)

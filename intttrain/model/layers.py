@@ -1,0 +1,99 @@
+"""The small parts of a decoder: parameters with named axes, norm, embedding, gated MLP, TTT parameters.
+
+Every module may hold a stack of layers: ``stack=(L,)`` puts that axis in front of each parameter.
+
+Letters: B row, T tokens, D model width, F feed-forward width, V vocabulary, L layers, W conv taps.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from intttrain.core.config import ModelConfig
+from intttrain.ttt import CONV_TAPS
+
+
+def make_param(
+    rngs: nnx.Rngs, stack: tuple[int, ...], shape: tuple[int, ...], axes: tuple[str, ...], stddev: float | None
+) -> nnx.Param:
+    """Returns an fp32 parameter, normal with ``stddev`` (``None``: ones, 0.0: zeros), with its logical axes beside it."""
+    full = stack + shape
+    if stddev is None:
+        value = jnp.ones(full, jnp.float32)
+    elif stddev == 0.0:
+        value = jnp.zeros(full, jnp.float32)
+    else:
+        value = stddev * jax.random.normal(rngs.params(), full, jnp.float32)
+    return nnx.Param(value, logical_axes=("layers",) * len(stack) + axes)
+
+
+def rms_norm(x: Float[Array, "*B D"], scale_D: Float[Array, "D"], eps: float) -> Float[Array, "*B D"]:
+    """Returns ``x / rms(x) * scale``; statistics in fp32, result in the dtype of ``x``."""
+    wide = x.astype(jnp.float32)
+    unit = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    scale = scale_D.astype(x.dtype).reshape((1,) * (x.ndim - 1) + scale_D.shape)
+    return unit.astype(x.dtype) * scale
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm with a learned scale."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, stack: tuple[int, ...] = ()):
+        self.scale = make_param(rngs, stack, (config.d_model,), ("norm",), None)
+        self.eps = config.norm_eps
+
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return rms_norm(x_BTD, self.scale[...], self.eps)
+
+
+class Embedding(nnx.Module):
+    """A V x D table: token embeddings, or the output head."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        shape = (config.vocab_size, config.d_model)
+        self.weight = make_param(rngs, (), shape, ("vocab", "embed"), config.initializer_range)
+
+    def __call__(self, tokens_BT: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
+        return self.weight[...][tokens_BT].astype(dtype)
+
+
+class MLP(nnx.Module):
+    """SwiGLU block. ``down`` is D x F: in a TTT layer it is the initial fast weight W0."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, stack: tuple[int, ...] = ()):
+        d, f, scale = config.d_model, config.d_ff, config.initializer_range
+        self.gate = make_param(rngs, stack, (d, f), ("embed", "mlp"), scale)
+        self.up = make_param(rngs, stack, (d, f), ("embed", "mlp"), scale)
+        self.down = make_param(rngs, stack, (d, f), ("embed", "mlp"), scale)
+
+    def activate(self, h_BTD: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
+        """Returns ``z = silu(h Wgate) * (h Wup)``."""
+        gate_BTF = jnp.einsum("btd,df->btf", h_BTD, self.gate[...].astype(h_BTD.dtype))
+        up_BTF = jnp.einsum("btd,df->btf", h_BTD, self.up[...].astype(h_BTD.dtype))
+        return jax.nn.silu(gate_BTF) * up_BTF
+
+
+class TTTParams(nnx.Module):
+    """What a TTT layer learns beside its MLP: the target convolution and projection.
+
+    At initialisation nothing is written, so the model equals the one without TTT, while gradients still flow:
+    the convolution is zero and the projection a random diagonal; without a convolution (``next_hidden``) the
+    projection itself is zero.
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, stack: tuple[int, ...]):
+        assert config.ttt is not None
+        d = config.d_model
+        self.has_conv = config.ttt.target != "next_hidden"
+        self.target = make_param(rngs, stack, (d, d), ("embed", "target"), 0.0)
+        if self.has_conv:
+            self.conv = make_param(rngs, stack, (CONV_TAPS, d), ("taps", "embed"), 0.0)
+            diagonal = config.initializer_range * jax.random.normal(rngs.params(), (*stack, d), jnp.float32)
+            self.target[...] = diagonal[..., :, None] * jnp.eye(d, dtype=jnp.float32).reshape((1,) * len(stack) + (d, d))
+
+    def conv_or_none(self) -> jax.Array | None:
+        """Returns the taps (W x D), ``None`` for ``next_hidden``."""
+        return self.conv[...] if self.has_conv else None
