@@ -101,7 +101,9 @@ class Decoder(nnx.Module):
         config = self.config
         x_BTD = self.embed(tokens_BT, self.dtype)
         rope = rope_tables(config.rope, config.head_dim, positions_BT)
-        eta = jnp.asarray(config.ttt.eta if config.ttt and eta is None else eta or 0.0, jnp.float32)
+        if eta is None:
+            eta = config.ttt.eta if config.ttt is not None else 0.0
+        eta = jnp.asarray(eta, jnp.float32)
         layer_graph, layer_params, ttt_graph, ttt_params = self.split_layers()
         context = (x_BTD, rope, segment_ids_BT, eta)
 

@@ -1,0 +1,189 @@
+"""The training step: one pure function, made here and used by the loop, by tests and by anything that plans a run.
+
+Letters: B row, T tokens, n TTT layers, M chunks. Losses travel as (sum, weight) until the last division.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypedDict
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from intttrain.core.config import Config
+from intttrain.data import Batch
+from intttrain.model import Params, TTTStats, abstract_params, bind, init_params, token_nll
+from intttrain.train.optimizer import clip_by_norm, make_optimizer, make_schedule
+
+
+class TrainState(TypedDict):
+    """Everything that changes during training, as one tree of arrays.
+
+    ``step`` counts applied updates. ``healthy`` turns false at the first step whose loss or gradient is not
+    finite; from then on nothing changes any more, so the state is the one before that step.
+    """
+
+    params: Params
+    opt_state: optax.OptState
+    step: jax.Array
+    healthy: jax.Array
+    rng: jax.Array  # uint32 key data, the root of anything random inside a step
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepMetrics:
+    """What a step reports; device arrays, to be read one step later.
+
+    Attributes:
+      loss: mean next-token loss in nats over the labelled tokens of the batch.
+      row_loss_B: the same per row (0 for a row without labels), to name the rows of a non-finite step.
+      tokens: labelled tokens.
+      grad_norm: global norm before clipping.
+      learning_rate, eta: what this step used; ``eta`` is 0 without TTT.
+      healthy: whether the update was applied.
+      ttt: per TTT layer, mean size of an update and largest state, relative to W0; ``None`` without TTT.
+    """
+
+    loss: jax.Array
+    row_loss_B: jax.Array
+    tokens: jax.Array
+    grad_norm: jax.Array
+    learning_rate: jax.Array
+    eta: jax.Array
+    healthy: jax.Array
+    ttt: dict[str, jax.Array] | None
+
+
+StepFunction = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+
+
+def init_state(config: Config) -> TrainState:
+    """Returns the state before the first step; pure, so it can be jitted and evaluated abstractly."""
+    params_key, step_key = jax.random.split(jax.random.key(config.train.seed))
+    params = init_params(config.model, params_key)
+    optimizer = make_optimizer(config.train, abstract_params(config.model))
+    return TrainState(
+        params=params,
+        opt_state=optimizer.init(params),
+        step=jnp.zeros((), jnp.int32),
+        healthy=jnp.ones((), jnp.bool_),
+        rng=jax.random.key_data(step_key),
+    )
+
+
+def abstract_state(config: Config) -> TrainState:
+    """Returns the shapes and dtypes of ``init_state(config)``."""
+    return jax.eval_shape(lambda: init_state(config))
+
+
+def make_train_step(config: Config) -> StepFunction:
+    """Returns the step: state and a batch of ``train.batch_rows`` rows in, new state and metrics out.
+
+    It is not jitted; callers add ``jax.jit(..., donate_argnums=0)`` and shardings.
+    """
+    optimizer = make_optimizer(config.train, abstract_params(config.model))
+    schedule = make_schedule(config.train)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        eta = _eta(config, state["step"])
+        sums, grads = _accumulate(config, state["params"], batch, eta)
+        weight = jnp.maximum(jnp.sum(sums.weight_B), 1.0)
+        grads = jax.tree.map(lambda g: g / weight, grads)
+        loss, grad_norm = jnp.sum(sums.nll_B) / weight, optax.global_norm(grads)
+        healthy = state["healthy"] & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+
+        clipped = clip_by_norm(grads, grad_norm, config.train.optimizer.clip_norm)
+        updates, opt_state = optimizer.update(clipped, state["opt_state"], state["params"])
+        proposed = dict(params=optax.apply_updates(state["params"], updates), opt_state=opt_state, step=state["step"] + 1)
+        kept = {name: state[name] for name in proposed}  # type: ignore[literal-required]
+        applied = jax.tree.map(lambda new, old: jnp.where(healthy, new, old), proposed, kept)
+        metrics = StepMetrics(
+            loss=loss,
+            row_loss_B=sums.nll_B / jnp.maximum(sums.weight_B, 1.0),
+            tokens=jnp.sum(sums.weight_B),
+            grad_norm=grad_norm,
+            learning_rate=schedule(state["step"]),
+            eta=eta,
+            healthy=healthy,
+            ttt=sums.ttt,
+        )
+        return TrainState(**applied, healthy=healthy, rng=state["rng"]), metrics
+
+    return train_step
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Sums:
+    """Loss sums per row and TTT sizes of a batch or microbatch."""
+
+    nll_B: jax.Array
+    weight_B: jax.Array
+    ttt: dict[str, jax.Array] | None
+
+
+def _eta(config: Config, step: jax.Array) -> jax.Array:
+    """Returns the update size at ``step`` with its linear warm-up; 0 without TTT."""
+    if config.model.ttt is None:
+        return jnp.zeros((), jnp.float32)
+    warmup = config.model.ttt.eta_warmup_steps
+    share = jnp.minimum((step.astype(jnp.float32) + 1.0) / max(warmup, 1), 1.0)
+    return config.model.ttt.eta * share
+
+
+def _accumulate(config: Config, params: Params, batch: Batch, eta: jax.Array) -> tuple[_Sums, Params]:
+    """Returns loss sums and the gradient of the summed loss, over all microbatches."""
+    gradient = jax.value_and_grad(lambda p, b: _loss_sums(config, p, b, eta), has_aux=True)
+    pieces = config.train.microbatches
+    if pieces == 1:
+        (_, sums), grads = gradient(params, batch)
+        return sums, grads
+
+    def add(total: Params, piece: Batch) -> tuple[Params, _Sums]:
+        (_, sums), grads = gradient(params, piece)
+        return jax.tree.map(jnp.add, total, grads), sums
+
+    split = jax.tree.map(lambda x: x.reshape(pieces, x.shape[0] // pieces, *x.shape[1:]), batch)
+    grads, stacked = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), split)
+    ttt = None
+    if stacked.ttt is not None:
+        ttt = {"delta": jnp.mean(stacked.ttt["delta"], axis=0), "state": jnp.max(stacked.ttt["state"], axis=0)}
+    return _Sums(stacked.nll_B.reshape(-1), stacked.weight_B.reshape(-1), ttt), grads
+
+
+def _loss_sums(config: Config, params: Params, batch: Batch, eta: jax.Array) -> tuple[jax.Array, _Sums]:
+    decoder = bind(config.model, params)
+    output = decoder(batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, eta=eta)
+    nll_BT = token_nll(
+        output.hidden_BTD, decoder.output_weight(), batch.labels_BT, config.model.loss_chunk_tokens
+    )
+    nll_B = jnp.sum(nll_BT * batch.loss_weights_BT, axis=1)
+    sums = _Sums(nll_B, jnp.sum(batch.loss_weights_BT, axis=1), _ttt_sizes(output.ttt))
+    return jnp.sum(nll_B), sums
+
+
+def _ttt_sizes(stats: TTTStats | None) -> dict[str, jax.Array] | None:
+    """Returns per TTT layer the mean size of an update and the largest state."""
+    if stats is None:
+        return None
+    return {"delta": jnp.mean(stats.delta_norm_nBM, axis=(1, 2)), "state": jnp.max(stats.state_norm_nBM, axis=(1, 2))}
+
+
+def scalars(config: Config, metrics: StepMetrics) -> dict[str, Any]:
+    """Returns the host numbers of a step under the names that the writers use. Waits for the device."""
+    host = jax.device_get(metrics)
+    result = {
+        "loss": float(host.loss),
+        "grad_norm": float(host.grad_norm),
+        "learning_rate": float(host.learning_rate),
+        "tokens": float(host.tokens),
+    }
+    if host.ttt is not None and config.model.ttt is not None:
+        result["ttt/eta"] = float(host.eta)
+        for name, values_n in host.ttt.items():
+            result |= {f"ttt/{name}_{layer}": float(v) for layer, v in zip(config.model.ttt.layers, values_n, strict=True)}
+    return result
