@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import ml_collections
 import pydantic
+from ml_collections import config_dict
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
@@ -262,7 +263,22 @@ def default_config() -> ml_collections.ConfigDict:
         ),
         eval=EvalConfig(seq_len=1024, documents=64, min_document_tokens=1024, position_edges=(256, 512, 1024)),
     )  # fmt: skip
-    return ml_collections.ConfigDict(dataclasses.asdict(small))
+    return _editable(small)
+
+
+def _editable(section: Any) -> ml_collections.ConfigDict:
+    """Returns a section as a ConfigDict in which optional scalars that are unset can still be overridden."""
+    hints = get_type_hints(type(section))
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            value = _editable(value)
+        elif value is None:
+            scalar = [kind for kind in (int, float, str) if kind in get_args(hints[field.name])]
+            value = config_dict.placeholder(scalar[0]) if scalar else None
+        values[field.name] = value
+    return ml_collections.ConfigDict(values)
 
 
 def default_ttt() -> ml_collections.ConfigDict:
@@ -284,6 +300,18 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the nested form of ``flatten``'s result."""
+    tree: dict[str, Any] = {}
+    for dotted, value in flat.items():
+        *parents, last = dotted.split(".")
+        section = tree
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[last] = value
+    return tree
 
 
 def resolve(tree: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:

@@ -28,12 +28,12 @@ class TTTStats:
     """Size of the updates, relative to the Frobenius norm of W0, without gradient.
 
     Attributes:
-      delta_norm_nBM: each chunk's update.
+      delta_norm_nBM: each chunk's update. (One layer alone has no axis n.)
       state_norm_nBM: the state after each chunk. Healthy up to about 4.
     """
 
-    delta_norm_nBM: Float[Array, "n B M"]
-    state_norm_nBM: Float[Array, "n B M"]
+    delta_norm_nBM: Float[Array, "*n B M"]
+    state_norm_nBM: Float[Array, "*n B M"]
 
 
 @jax.tree_util.register_dataclass

@@ -1,1 +1,28 @@
+"""Training: optimizer, state and step, checkpoints. The only home of optax and orbax."""
 
+from intttrain.train.checkpoint import CheckpointInfo, Checkpoints, check_compatible
+from intttrain.train.optimizer import make_optimizer, make_schedule
+from intttrain.train.step import (
+    StepFunction,
+    StepMetrics,
+    TrainState,
+    abstract_state,
+    init_state,
+    make_train_step,
+    scalars,
+)
+
+__all__ = [
+    "CheckpointInfo",
+    "Checkpoints",
+    "StepFunction",
+    "StepMetrics",
+    "TrainState",
+    "abstract_state",
+    "check_compatible",
+    "init_state",
+    "make_optimizer",
+    "make_schedule",
+    "make_train_step",
+    "scalars",
+]

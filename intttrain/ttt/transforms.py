@@ -61,7 +61,7 @@ def spectral_norm(delta_BDF: Float[Array, "B D F"]) -> Float[Array, "B"]:
     w_BF = jnp.broadcast_to(start_F[None, :], (delta_BDF.shape[0], width))
     fixed_BDF = jax.lax.stop_gradient(delta_BDF)
 
-    def iterate(_: int, w_BF: jax.Array) -> jax.Array:
+    def iterate(_: jax.Array, w_BF: jax.Array) -> jax.Array:
         u_BD = _unit(jnp.einsum("bdf,bf->bd", fixed_BDF, w_BF))
         return _unit(jnp.einsum("bdf,bd->bf", fixed_BDF, u_BD))
 

@@ -1,0 +1,93 @@
+# Nothing but Python (>= 3.11) and make is needed; every target installs what it uses into .venv, once.
+#
+#   make demo     train a small model and its dense twin, evaluate both        (base package only)
+#   make test     the tests                                                    (also torch, TensorFlow, linters)
+#   make check    format, lint, types, layers
+#
+# Settings, for example `make test PYTHON=python3.13`:
+
+PYTHON ?= python3
+VENV   ?= .venv
+# Workers of the test run.
+JOBS   ?= 2
+# One release of torch that is tested and is small where a CPU build is at hand; a newer one may bring gigabytes of
+# CUDA with it. May carry pip options.
+TORCH  ?= torch==2.13.0
+# More arguments for pytest: `make test TESTS='tests/core -k chunk'`.
+TESTS  ?=
+
+# A virtual environment that happens to be active has no say here.
+unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH
+
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow check golden clean
+
+python := $(VENV)/bin/python
+base   := $(VENV)/.installed-base
+full   := $(VENV)/.installed-full
+log    := $(VENV)/pip.log
+# A variable, because a comma would end the argument of $(call).
+everything := '.[dev,hf,tf]'
+
+help:
+	@echo "make demo     train a small model and its dense twin on this machine and compare them"
+	@echo "make test     run the tests"
+	@echo "make check    format, lint, types, layers"
+	@echo "make golden   rewrite the golden files of the tests; read the diff afterwards"
+	@echo "make clean    remove everything that make created"
+
+demo: $(base)
+	@PATH="$(abspath $(VENV))/bin:$$PATH" sh launch/demo.sh
+
+test: $(full)
+	$(python) -m pytest -n $(JOBS) --dist worksteal -m "not slow" $(TESTS)
+
+test-slow: $(full)
+	$(python) -m pytest -m slow $(TESTS)
+
+check: $(full)
+	$(python) -m ruff check .
+	$(python) -m ruff format --check .
+	$(python) -m mypy
+	PATH="$(abspath $(VENV))/bin:$$PATH" lint-imports --no-logo
+
+golden: $(full)
+	$(python) -m pytest -n $(JOBS) -m "not slow" --update-golden $(TESTS)
+	@echo "Now read the difference: git diff tests/golden"
+
+clean:
+	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .import_linter_cache *.egg-info build dist
+
+# --- installation ------------------------------------------------------------------------------------------------
+
+# $(call install,ARGUMENTS): all of pip's output goes to the log, the screen shows the large packages as they come,
+# and the end of the log when pip fails.
+install = { $(python) -m pip install --no-input --disable-pip-version-check --progress-bar off $(1) 2>&1; \
+	echo "pip exits with $$?"; } | awk -v log_file=$(log) '\
+	{ print >> log_file; last[NR % 20] = $$0 } \
+	/^ *(Downloading|Using cached) .*\([0-9.]+ [MG]B\)/ { size = $$(NF - 1); sub(/\(/, "", size); \
+	  if (size + 0 >= 10 || $$NF ~ /^GB/) { n = split($$(NF - 2), part, "/"); \
+	    print "  " part[n] " " $$(NF - 1) " " $$NF; fflush() } } \
+	/^Installing collected packages/ { print "  unpacking"; fflush() } \
+	/^pip exits with/ { status = $$4 } \
+	END { if (status != 0) { for (i = NR + 1; i <= NR + 20; i++) if (i % 20 in last) print last[i % 20]; \
+	  print "Installation failed; the whole output is in " log_file } exit status }'
+
+$(python):
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"intttrain needs Python 3.11 or newer, $(PYTHON) is {v[0]}.{v[1]}; name another one with: make PYTHON=python3.12")'
+	@echo "Creating $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(base): pyproject.toml | $(python)
+	@echo "Installing intttrain and what it needs (about 250 MB to fetch, a minute or two)"
+	@$(call install,-e .)
+	@touch $@
+
+# torch first and by itself, so that the release above is what the rest finds.
+$(full): pyproject.toml | $(python)
+	@echo "Installing intttrain with torch, TensorFlow and the test tools (about 1.2 GB to fetch, several minutes)"
+	@$(call install,$(TORCH)) || { echo "$(TORCH) is not to be had here; taking the newest torch instead"; \
+	  $(call install,torch); }
+	@$(call install,-e $(everything))
+	@touch $(base) $@

@@ -1,0 +1,206 @@
+"""The command line: ``intttrain COMMAND --config=FILE.py[:variant] --config.a.b=value ...``.
+
+Bad input ends with one line after ``error:`` and a non-zero status: 2 for anything the user can fix, 3 when
+training met a non-finite step, 128 + signal number when a run was interrupted (and saved).
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from intttrain.core.errors import UserError, did_you_mean
+
+Command = Callable[[flags.FlagValues], int]
+
+USAGE = """usage: intttrain COMMAND [--flag=value ...]
+
+  config     print the resolved configuration with derived values
+  prepare    text -> token stores
+  train      train, or continue the run in --workdir
+  eval       held-out loss by position, update on and off, beside a dense run
+  generate   continue a prompt
+  export     checkpoint -> Hugging Face folder
+
+intttrain COMMAND --help lists the flags of a command."""
+
+
+def main() -> None:
+    """Entry point of the ``intttrain`` program."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs one command and returns the exit status."""
+    try:
+        return _dispatch(arguments)
+    except UserError as error:
+        from intttrain.app.loop import NonFiniteError  # loads JAX; only a run that trained gets here with it
+
+        return _fail(str(error), 3 if isinstance(error, NonFiniteError) else 2)
+    except flags.Error as error:
+        return _fail(" ".join(str(error).split()), 2)
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        return _fail(f"{error.strerror or error}{where}", 2)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return status
+
+
+def _dispatch(arguments: Sequence[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name not in COMMANDS:
+        raise UserError(f"unknown command {name!r}{did_you_mean(name, COMMANDS)}")
+    help_text, define, command = COMMANDS[name]
+    values = flags.FlagValues()
+    define(values)
+    flags.DEFINE_string("json", None, "also write the result to this file", flag_values=values)
+    if any(argument in ("-h", "--help") for argument in rest):
+        print(f"intttrain {name}: {help_text}\n{values.get_help()}")
+        return 0
+    _parse(values, ["intttrain", *rest])
+    logging.getLogger("absl").setLevel(logging.WARNING)
+    return command(values)
+
+
+def _parse(values: flags.FlagValues, argv: list[str]) -> None:
+    """Parses the flags; ``config_flags`` looks up overrides in ``sys.argv``, so it has to agree."""
+    saved, sys.argv = sys.argv, argv
+    try:
+        extra = values(argv)[1:]
+        if "config" in values:
+            values.config.to_dict()  # a file that could not be read is reported only when it is used
+    except Exception as error:  # a configuration file is a program of the user's, anything can come out of it
+        raise UserError(_explain(error)) from None
+    finally:
+        sys.argv = saved
+    if extra:
+        raise UserError(f"unexpected argument {extra[0]!r}; values are given as --flag=value")
+
+
+def _explain(error: BaseException) -> str:
+    """Returns one line for whatever went wrong first while flags and configuration were read."""
+    chain = [error]
+    while (earlier := chain[-1].__context__) is not None:
+        chain.append(earlier)
+    # str(KeyError) quotes its message once more, so the argument itself is used.
+    texts = [str(link.args[0] if link.args else link) for link in chain]
+    messages = ["; ".join(line.strip() for line in text.splitlines() if line.strip()) for text in texts]
+    for message in messages:
+        if "Did you mean" in message and not message.startswith("Unknown command line flag"):
+            return f"unknown configuration key {message.replace('Did', 'did')}"
+        if missing := re.findall(r"No such file or directory: '([^']+)'", message):
+            return f"--config: there is no file {missing[0]}; configs/ holds examples"
+        if absent := re.findall(r"--(\w+)=None: Flag --\w+ must have a value", message):
+            return "missing " + ", ".join(f"--{flag}=..." for flag in absent)
+        if section := re.match(r'Override (\S+) can not be applied because field "(\w+)" is None', message):
+            return f"{section[1]} cannot be set: the section {section[2]!r} is None in this configuration"
+    frames = [frame for frame in traceback.extract_tb(chain[-1].__traceback__) if frame.name == "get_config"]
+    where = f"--config: {frames[-1].filename}:{frames[-1].lineno}: " if frames else ""
+    flag = next((message for message in messages if message.startswith("flag --")), None)
+    return where + (messages[-1] if frames or flag is None or "parsing config file" in flag else flag)
+
+
+# --- flags of each command -----------------------------------------------------------------------------------------
+
+
+def _config_flag(values: flags.FlagValues) -> None:
+    config_flags.DEFINE_config_file(
+        "config", None, "configuration file, with an optional :variant", flag_values=values, lock_config=True
+    )
+    flags.mark_flag_as_required("config", flag_values=values)
+
+
+def _string(name: str, help_text: str, *, required: bool = False) -> Callable[[flags.FlagValues], None]:
+    def define(values: flags.FlagValues) -> None:
+        flags.DEFINE_string(name, None, help_text, flag_values=values)
+        if required:
+            flags.mark_flag_as_required(name, flag_values=values)
+
+    return define
+
+
+def _integer(name: str, default: int | None, help_text: str) -> Callable[[flags.FlagValues], None]:
+    return lambda values: flags.DEFINE_integer(name, default, help_text, flag_values=values, lower_bound=0)
+
+
+def _float(name: str, default: float, help_text: str) -> Callable[[flags.FlagValues], None]:
+    return lambda values: flags.DEFINE_float(name, default, help_text, flag_values=values, lower_bound=0.0)
+
+
+def _enum(name: str, default: str, choices: list[str], help_text: str) -> Callable[[flags.FlagValues], None]:
+    return lambda values: flags.DEFINE_enum(name, default, choices, help_text, flag_values=values)
+
+
+def _all(*definitions: Callable[[flags.FlagValues], Any]) -> Callable[[flags.FlagValues], None]:
+    def define(values: flags.FlagValues) -> None:
+        for definition in definitions:
+            definition(values)
+
+    return define
+
+
+def _command(name: str) -> Command:
+    """Imports the command when it runs: ``--help`` and bad flags answer without loading JAX."""
+
+    def call(values: flags.FlagValues) -> int:
+        from intttrain.app import commands
+
+        return getattr(commands, name)(values)
+
+    return call
+
+
+_WORKDIR = _string("workdir", "folder of the run", required=True)
+_OUTPUT = _string("output", "folder to create", required=True)
+_STEP = _integer("step", None, "checkpoint step (default: the newest)")
+
+COMMANDS: dict[str, tuple[str, Callable[[flags.FlagValues], None], Command]] = {
+    "config": ("print the resolved configuration", _config_flag, _command("show_config")),
+    "prepare": ("text -> token stores", _all(_config_flag, _OUTPUT), _command("prepare_stores")),
+    "train": (
+        "train, or continue the run in --workdir",
+        _all(_config_flag, _WORKDIR, _integer("stop_at_step", None, "save and stop there, as an interruption would")),
+        _command("train_model"),
+    ),
+    "eval": (
+        "held-out loss by position",
+        _all(
+            _config_flag, _WORKDIR, _STEP,
+            _string("dense_workdir", "a run of the same model trained without TTT, to compare with"),
+        ),
+        _command("evaluate_model"),
+    ),
+    "generate": (
+        "continue a prompt",
+        _all(
+            _WORKDIR, _STEP, _string("prompt", "text to continue", required=True),
+            _integer("max_new_tokens", 256, "length of the continuation"),
+            _float("temperature", 0.8, "0 takes the most likely token"),
+            _integer("seed", 0, "of the sampling"),
+            _enum("update", "on", ["on", "off"], "whether the model learns while it reads"),
+        ),
+        _command("generate_text"),
+    ),
+    "export": (
+        "checkpoint -> Hugging Face folder",
+        _all(_WORKDIR, _OUTPUT, _STEP, _enum("dtype", "bfloat16", ["bfloat16", "float32"], "of the weights")),
+        _command("export_checkpoint"),
+    ),
+}  # fmt: skip
+

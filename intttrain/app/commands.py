@@ -1,0 +1,166 @@
+"""What each command does: resolve the configuration, call the library, print a readable result."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from intttrain.app.loop import train
+from intttrain.app.runs import Trained, load_trained, parameter_counts, write_json
+from intttrain.core.config import Config, as_dict, flatten, resolve
+from intttrain.core.errors import UserError
+from intttrain.core.progress import human_count
+from intttrain.data import TokenStore, document_rows, prepare
+from intttrain.evals import evaluate_run
+from intttrain.interop import export_model
+from intttrain.model import generate
+
+
+def report(line: str) -> None:
+    """Prints progress to standard error; standard output is for results."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def _finish(values: flags.FlagValues, result: dict[str, Any]) -> int:
+    if values.json:
+        write_json(Path(values.json), result)
+    return 0
+
+
+def show_config(values: flags.FlagValues) -> int:
+    """Prints every value under its dotted name, then what follows from them."""
+    config = resolve(values.config)
+    flat, derived = flatten(as_dict(config)), derived_values(config)
+    width = max(map(len, [*flat, *derived]))
+    for name, value in flat.items():
+        print(f"{name:{width}}  {value}")
+    print("\nderived")
+    for name, value in derived.items():
+        print(f"{name:{width}}  {value}")
+    return _finish(values, {"config": flat, "derived": derived})
+
+
+def derived_values(config: Config) -> dict[str, Any]:
+    """Returns the numbers that people would otherwise work out by hand."""
+    train, model = config.train, config.model
+    tokens_per_step = train.batch_rows * config.data.seq_len
+    derived: dict[str, Any] = parameter_counts(config)
+    derived |= {"tokens_per_step": tokens_per_step, "tokens_in_all": tokens_per_step * train.num_steps}
+    if model.ttt is not None:
+        state_bytes = 4 * model.d_model * model.d_ff
+        derived |= {
+            "chunks_per_row": config.data.seq_len // model.ttt.chunk_tokens,
+            "fast_weight_state_bytes_per_layer_and_row": state_bytes,
+        }
+    return derived
+
+
+def prepare_stores(values: flags.FlagValues) -> int:
+    """Writes OUTPUT/train and OUTPUT/heldout."""
+    config = resolve(values.config)
+    result = prepare(config.prepare, Path(values.output), report)
+    print(f"training   {result.train}: {result.train_documents} documents, {human_count(result.train_tokens)} tokens")
+    if result.heldout is not None:
+        held = f"{result.heldout_documents} documents, {human_count(result.heldout_tokens)} tokens"
+        print(f"held out   {result.heldout}: {held}")
+    left_out = {"duplicates": result.duplicates, "empty": result.empty, "not text": result.binary}
+    print("left out   " + ", ".join(f"{count} {what}" for what, count in left_out.items()))
+    if result.stopped_at_max_bytes:
+        print("reading stopped at prepare.source.max_bytes")
+    return _finish(values, {name: _plain(value) for name, value in dataclasses.asdict(result).items()})
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def train_model(values: flags.FlagValues) -> int:
+    """Trains; the status tells whether the run was interrupted."""
+    config = resolve(values.config)
+    result = train(config, Path(values.workdir), stop_at_step=values.stop_at_step, report=report)
+    loss = f", loss {result.metrics['loss']:.4f}" if "loss" in result.metrics else ""
+    if result.finished:
+        print(f"finished at step {result.step}{loss}; checkpoint in {Path(values.workdir) / 'checkpoints'}")
+    else:
+        print(f"stopped at step {result.step} of {config.train.num_steps}{loss}; saved: run the same command to go on")
+    _finish(values, {"step": result.step, "finished": result.finished, "metrics": result.metrics})
+    return 0 if result.signal_number is None else 128 + result.signal_number
+
+
+def evaluate_model(values: flags.FlagValues) -> int:
+    """Evaluates a checkpoint by position and writes WORKDIR/eval/STEP/positions.{json,png}."""
+    config, workdir = resolve(values.config), Path(values.workdir)
+    trained = load_trained(workdir, values.step)
+    if trained.config.model != config.model:
+        report("note: the model is the one in --workdir; model.* of --config is not used")
+    dense = None
+    if values.dense_workdir is not None:
+        dense = _load_twin(trained, Path(values.dense_workdir))
+    if config.data.heldout is None:
+        raise UserError("data.heldout is not set; name the held-out token store to evaluate on")
+    heldout = TokenStore.open(config.data.heldout)
+    heldout.check_tokenizer(trained.tokenizer.fingerprint)
+    rows = document_rows(
+        heldout, seq_len=config.eval.seq_len, min_document_tokens=config.eval.min_document_tokens,
+        max_documents=config.eval.documents, seed=config.eval.seed,
+    )  # fmt: skip
+    result = evaluate_run(
+        dataclasses.replace(config, model=trained.config.model), trained.params, dense=dense,
+        heldout_rows=rows.rows, train_store=TokenStore.open(config.data.train[0].path), report=report,
+    )  # fmt: skip
+    folder = workdir / "eval" / str(trained.step)
+    content = {"step": trained.step, **result.to_json()}
+    write_json(folder / "positions.json", content)
+    result.plot(folder / "positions.png")
+    print(result.table())
+    print(f"\nplot {folder / 'positions.png'}\njson {folder / 'positions.json'}")
+    return _finish(values, content)
+
+
+def _load_twin(trained: Trained, workdir: Path) -> tuple[Any, Any]:
+    """Returns model section and parameters of the dense run after checking that a comparison makes sense."""
+    twin = load_trained(workdir, None)
+    if twin.config.model.ttt is not None:
+        raise UserError(f"--dense_workdir={workdir} was trained with TTT; name a run with model.ttt=None")
+    if twin.tokenizer.fingerprint != trained.tokenizer.fingerprint:
+        raise UserError(f"--dense_workdir={workdir} was trained with another tokenizer; losses cannot be compared")
+    if twin.step != trained.step:
+        report(f"warning: the dense run is at step {twin.step}, the evaluated one at {trained.step}")
+    return twin.config.model, twin.params
+
+
+def generate_text(values: flags.FlagValues) -> int:
+    """Prints the continuation of a prompt."""
+    trained = load_trained(Path(values.workdir), values.step)
+    prompt = trained.tokenizer.encode(values.prompt)
+    if not len(prompt):
+        raise UserError('--prompt="" has no token to start from; give some text')
+    continuation = generate(
+        trained.config.model, trained.params, [np.asarray(prompt)], max_new_tokens=values.max_new_tokens,
+        temperature=values.temperature, seed=values.seed, stop_token=trained.tokenizer.end_of_document,
+        eta=0.0 if values.update == "off" else None,
+    )[0]  # fmt: skip
+    text = trained.tokenizer.decode(continuation)
+    print(values.prompt + text)
+    return _finish(values, {"prompt": values.prompt, "text": text, "step": trained.step, "update": values.update})
+
+
+def export_checkpoint(values: flags.FlagValues) -> int:
+    """Writes a Hugging Face folder."""
+    trained = load_trained(Path(values.workdir), values.step)
+    result = export_model(
+        jax.device_get(trained.params), trained.config.model, Path(values.output), dtype=values.dtype,
+        tokenizer_files=trained.tokenizer.files(), end_of_document=trained.tokenizer.end_of_document,
+    )  # fmt: skip
+    print(f"step {trained.step} -> {result.output}: {human_count(result.parameters)} parameters in {values.dtype}")
+    for name in result.files:
+        print(f"  {name}")
+    for note in result.notes:
+        print(f"note: {note}")
+    return _finish(values, {"step": trained.step, "output": str(result.output), "files": list(result.files)})

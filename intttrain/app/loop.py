@@ -1,0 +1,223 @@
+"""The training loop: reads as a table of contents; the work is in the functions it calls."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import signal
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from intttrain.app.runs import Identity, claim_workdir, make_identity, parameter_counts
+from intttrain.core.config import Config
+from intttrain.core.distributed import process_count, process_index
+from intttrain.core.errors import UserError
+from intttrain.core.metrics import MetricWriters, make_metric_writers
+from intttrain.core.progress import StepTimer, human_count
+from intttrain.data import describe_rows, make_batches, make_row_dataset
+from intttrain.train import (
+    Checkpoints,
+    StepMetrics,
+    TrainState,
+    abstract_state,
+    init_state,
+    make_train_step,
+    scalars,
+)
+
+STATE_WARNING = 10.0  # |S| / |W0|; healthy runs stay below about 4
+
+
+class NonFiniteError(UserError):
+    """The loss or the gradient of a step is not finite. The update was not applied."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """How a call of ``train`` ended.
+
+    Attributes:
+      step: completed steps, all of them in the last checkpoint.
+      finished: whether ``train.num_steps`` is reached.
+      signal_number: what interrupted the run, or ``None``.
+      metrics: the numbers of the last step (empty if no step ran).
+    """
+
+    step: int
+    finished: bool
+    signal_number: int | None
+    metrics: dict[str, float]
+
+
+def train(config: Config, workdir: Path, *, stop_at_step: int | None, report: Callable[[str], None]) -> TrainResult:
+    """Trains up to ``train.num_steps``, from the newest checkpoint of ``workdir`` if there is one.
+
+    Args:
+      config: the run. Repeating the same call continues it, bit for bit as if it had not stopped.
+      workdir: receives checkpoints and metrics.
+      stop_at_step: saves and stops there, as an interruption would; ``None`` goes to the end.
+      report: receives lines for people.
+
+    Raises:
+      UserError: input that does not fit together, an occupied workdir, a checkpoint that cannot be written.
+      NonFiniteError: names the step and its rows; the state before it is saved.
+    """
+    identity = make_identity(config)
+    dataset = make_row_dataset(config.data, config.model.vocab_size)
+    claim_workdir(workdir, identity)
+    with Checkpoints(workdir / "checkpoints", config.train.checkpoint) as checkpoints, _Interrupts() as interrupts:
+        state, cursor = _start(config, checkpoints, identity, report)
+        start = int(state["step"])
+        last = min(config.train.num_steps, stop_at_step or config.train.num_steps)
+        step_function = jax.jit(make_train_step(config), donate_argnums=0)
+        batches = make_batches(
+            dataset, batch_rows=config.train.batch_rows, cursor=cursor, process_index=process_index(),
+            process_count=process_count(), prefetch_rows=config.data.prefetch_rows,
+        )  # fmt: skip
+        with make_metric_writers(
+            workdir, num_steps=config.train.num_steps, start_step=start, process_index=process_index()
+        ) as writers:
+            log = _Log(config, writers, report)
+            step = start
+            while step < last and interrupts.received is None:
+                state, metrics = step_function(state, next(batches))
+                step, cursor = step + 1, cursor + config.train.batch_rows
+                if (bad := log.read_one_late(step, cursor, metrics)) or (
+                    checkpoints.should_save(step) and (bad := log.read_rest())
+                ):
+                    _save_and_refuse(config, checkpoints, state, identity, bad)
+                checkpoints.save(step, _saved(state), identity.info(step, cursor))
+            if bad := log.read_rest():
+                _save_and_refuse(config, checkpoints, state, identity, bad)
+            checkpoints.save(step, _saved(state), identity.info(step, cursor), force=True)
+            checkpoints.wait()
+    return TrainResult(step, step >= config.train.num_steps, interrupts.received, log.last)
+
+
+def _start(
+    config: Config, checkpoints: Checkpoints, identity: Identity, report: Callable[[str], None]
+) -> tuple[TrainState, int]:
+    """Returns the state and the data cursor to go on from: the newest checkpoint, else a fresh model."""
+    counts = parameter_counts(config)
+    size = f"{human_count(counts['parameters'])} parameters ({human_count(counts['ttt_parameters'])} for TTT)"
+    if checkpoints.latest_step() is None:
+        report(f"{config.name}: new run, {size}, {config.train.num_steps} steps; compiling")
+        return jax.jit(lambda: init_state(config))(), 0
+    state, info = checkpoints.restore_latest(abstract_state(config))
+    report(f"{config.name}: resumed at step {info.step} of {config.train.num_steps}, {size}; compiling")
+    return TrainState(**state), info.data_cursor
+
+
+def _saved(state: TrainState) -> dict[str, Any]:
+    return dict(state)
+
+
+def _save_and_refuse(
+    config: Config, checkpoints: Checkpoints, state: TrainState, identity: Identity, bad: _BadStep
+) -> None:
+    """Saves the state before the bad step, in which it is unchanged, and raises."""
+    good, cursor = bad.step - 1, bad.cursor - config.train.batch_rows
+    healthy = {**state, "healthy": jnp.ones((), jnp.bool_)}
+    checkpoints.save(good, healthy, identity.info(good, cursor), force=True)
+    checkpoints.wait()
+    places = "; ".join(describe_rows(config.data, bad.rows[:3]))
+    raise NonFiniteError(
+        f"step {bad.step}: loss={bad.loss} grad_norm={bad.grad_norm} is not finite; the update was not applied and "
+        f"step {good} is saved. Rows {bad.rows[0]} to {bad.rows[-1]} ({places}); look at them, lower "
+        "train.schedule.peak_learning_rate or model.ttt.eta, or train in float32"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _BadStep:
+    """A step whose update was refused, and the global rows to look at."""
+
+    step: int
+    cursor: int
+    rows: list[int]
+    loss: float
+    grad_norm: float
+
+
+class _Log:
+    """Reads metrics one step late, so that the device never waits for the host, and writes them."""
+
+    def __init__(self, config: Config, writers: MetricWriters, report: Callable[[str], None]):
+        self._config, self._writers, self._report = config, writers, report
+        self._timer = StepTimer()
+        self._pending: tuple[int, int, StepMetrics] | None = None
+        self._warned = False
+        self.last: dict[str, float] = {}
+
+    def read_one_late(self, step: int, cursor: int, metrics: StepMetrics) -> _BadStep | None:
+        """Takes the metrics of ``step`` and reads those before; returns a non-finite step if it met one."""
+        bad = self.read_rest()
+        self._pending = (step, cursor, metrics)
+        return bad
+
+    def read_rest(self) -> _BadStep | None:
+        """Waits for the step that is still pending and reads it."""
+        if self._pending is None:
+            return None
+        (step, cursor, metrics), self._pending = self._pending, None
+        numbers = scalars(self._config, metrics)
+        self._timer.tick(step)
+        if not bool(metrics.healthy):
+            return _bad_step(self._config, step, cursor, metrics)
+        self.last = numbers
+        self._warn(step, numbers)
+        every = self._config.train.log_every_steps
+        if step % every == 0 or step == self._config.train.num_steps or step == 1:
+            self._writers.write(step, numbers | self._rates())
+        return None
+
+    def _rates(self) -> dict[str, float]:
+        train, tokens = self._config.train, self._config.train.batch_rows * self._config.data.seq_len
+        rate, left = self._timer.rate(tokens), self._timer.eta_seconds(train.num_steps)
+        known = {"tokens_per_second": rate, "eta_seconds": left}
+        return {name: value for name, value in known.items() if value is not None}
+
+    def _warn(self, step: int, numbers: dict[str, float]) -> None:
+        """Says once that a fast weight outgrew its base: too large an eta fails silently."""
+        largest = max((v for name, v in numbers.items() if name.startswith("ttt/state")), default=0.0)
+        if largest > STATE_WARNING and not self._warned and math.isfinite(largest):
+            self._warned = True
+            self._report(
+                f"warning: step {step}: the fast-weight state is {largest:.3g} times W0 (healthy: up to about 4); "
+                "model.ttt.eta may be too large"
+            )
+
+
+def _bad_step(config: Config, step: int, cursor: int, metrics: StepMetrics) -> _BadStep:
+    first = cursor - config.train.batch_rows
+    row_loss_B = np.asarray(metrics.row_loss_B)
+    suspects = np.flatnonzero(~np.isfinite(row_loss_B))
+    rows = [first + int(row) for row in (suspects if len(suspects) else range(len(row_loss_B)))]
+    return _BadStep(step, cursor, rows, float(metrics.loss), float(metrics.grad_norm))
+
+
+class _Interrupts(contextlib.AbstractContextManager["_Interrupts"]):
+    """Notes SIGTERM and Ctrl-C instead of dying, so that the loop can save first; a second Ctrl-C kills."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    def __enter__(self) -> _Interrupts:
+        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: types.FrameType | None) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = number

@@ -1,0 +1,134 @@
+"""A run on disk: what a workdir holds, who may write into it, and how its model is loaded again.
+
+    WORKDIR/
+      config.json      the flat configuration and the data fingerprint, written once before anything else
+      checkpoints/     one folder per step
+      metrics.jsonl    one line per logged step
+      tensorboard/     the same for TensorBoard
+      eval/STEP/       results of ``intttrain eval``
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from intttrain.core.config import Config, as_dict, flatten, resolve, unflatten
+from intttrain.core.errors import UserError
+from intttrain.data import Tokenizer, make_tokenizer, mixture_fingerprint, open_stores
+from intttrain.model import Params, abstract_params
+from intttrain.train import CheckpointInfo, Checkpoints, check_compatible
+
+CONFIG_FILE = "config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """What makes a run this run: its flat configuration and the fingerprint of its training rows."""
+
+    flat_config: dict[str, Any]
+    fingerprint: str
+    tokenizer: dict[str, Any]
+
+    def info(self, step: int, data_cursor: int) -> CheckpointInfo:
+        """Returns the description that goes into a checkpoint."""
+        return CheckpointInfo(step, data_cursor, self.flat_config, self.fingerprint, self.tokenizer)
+
+
+def make_identity(config: Config) -> Identity:
+    """Opens the stores, checks that tokenizer, stores and model fit together, and returns the identity of the run.
+
+    Raises:
+      UserError: a store is missing or damaged, was made by another tokenizer, or has ids outside the vocabulary.
+    """
+    tokenizer = make_tokenizer(config.prepare.tokenizer)
+    for store in open_stores(config.data, config.model.vocab_size):
+        store.check_tokenizer(tokenizer.fingerprint)
+    section = {key: value for key, value in as_dict(config)["prepare"]["tokenizer"].items()}
+    return Identity(
+        flat_config=flatten(as_dict(config)),
+        fingerprint=mixture_fingerprint(config.data),
+        tokenizer=section | {"fingerprint": tokenizer.fingerprint},
+    )
+
+
+def claim_workdir(workdir: Path, identity: Identity) -> None:
+    """Makes ``workdir`` this run's, or checks that it already is.
+
+    Raises:
+      UserError: it holds something else, or a run with another configuration or other data.
+    """
+    config_file = workdir / CONFIG_FILE
+    if config_file.exists():
+        check_compatible(_read_identity(config_file).info(0, 0), identity.flat_config, identity.fingerprint)
+        return
+    if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+        raise UserError(
+            f"--workdir={workdir} is not empty and holds no {CONFIG_FILE} of a run; "
+            "existing files are never mixed with a run: choose another path"
+        )
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(config_file, dataclasses.asdict(identity))
+
+
+def _read_identity(path: Path) -> Identity:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        return Identity(document["flat_config"], document["fingerprint"], document["tokenizer"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read as the configuration of a run ({error}); restore it") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A model read back from a workdir."""
+
+    config: Config
+    params: Params
+    step: int
+    tokenizer: Tokenizer
+
+
+def load_trained(workdir: Path, step: int | None) -> Trained:
+    """Returns configuration, parameters and tokenizer of a run's checkpoint (default: the newest).
+
+    Raises:
+      UserError: no run, no such step, a damaged checkpoint, or the tokenizer file changed or went away.
+    """
+    if not (workdir / CONFIG_FILE).exists():
+        raise UserError(f"--workdir={workdir} holds no run ({CONFIG_FILE} is missing); train first or correct the path")
+    identity = _read_identity(workdir / CONFIG_FILE)
+    config = resolve(unflatten(identity.flat_config))
+    with Checkpoints(workdir / "checkpoints", config.train.checkpoint, read_only=True) as checkpoints:
+        step = checkpoints.latest_step() if step is None else step
+        if step is None:
+            raise UserError(f"{workdir / 'checkpoints'} holds no checkpoint yet; train first")
+        params = checkpoints.restore_params(step, abstract_params(config.model))
+    tokenizer = make_tokenizer(config.prepare.tokenizer)
+    if tokenizer.fingerprint != identity.tokenizer["fingerprint"]:
+        raise UserError(
+            f"prepare.tokenizer.path={config.prepare.tokenizer.path} is no longer the tokenizer this run was trained "
+            f"with ({tokenizer.fingerprint[:12]} instead of {identity.tokenizer['fingerprint'][:12]}); restore the file"
+        )
+    return Trained(config, params, step, tokenizer)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes ``content`` so that ``path`` appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def parameter_counts(config: Config) -> dict[str, int]:
+    """Returns the number of scalars in the whole model and in what TTT adds."""
+    params = abstract_params(config.model)
+    count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))  # noqa: E731
+    return {"parameters": count(params), "ttt_parameters": count(params["ttt"]) if "ttt" in params else 0}

@@ -1,0 +1,171 @@
+"""Packing: which tokens of a store stand in which row.
+
+All documents are put into one order (a permutation by seed), each start is moved up to a multiple of
+``align_documents``, and the resulting stream is cut into rows of T tokens:
+
+    stream   | doc 7 ......... e | pad | doc 2 ... e | pad | doc 9 ........................ e |
+    rows     |<------- row 0 ------->|<------- row 1 ------->|<------- row 2 ------->|  ...
+
+Nothing is dropped: a document longer than a row continues in the next, and the last row is filled with padding.
+
+Decisions
+  - A label is the next token of the same document even when that token stands in the next row, so over all rows
+    every token of a document except its last is asked for exactly one prediction.
+  - Segment ids and positions restart in every row. A document that continues from the row before starts again at
+    position 0: attention and the fast weight see this row only, so the position counts the tokens that are visible,
+    and rotary angles of large offsets lose accuracy in float32.
+
+Letters: B rows, T tokens in a row, n documents of the store, k documents that touch one row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+
+from intttrain.core.errors import UserError, nearest_divisors
+from intttrain.data.batch import Batch
+from intttrain.data.permutation import permutation
+from intttrain.data.store import TokenStore
+
+# Part of the mixture fingerprint: raise it whenever the same inputs would give other rows.
+PACKING_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pieces:
+    """The k stretches of documents that stand in one row, from left to right.
+
+    Attributes:
+      document_k: store index of the document.
+      begin_k, end_k: columns of the row, half open.
+      source_k: place in ``tokens_N`` of the token at ``begin_k``.
+      last_k: place in ``tokens_N`` of the document's last token.
+    """
+
+    document_k: np.ndarray
+    begin_k: np.ndarray
+    end_k: np.ndarray
+    source_k: np.ndarray
+    last_k: np.ndarray
+
+
+class PackedRows:
+    """Random access to the packed rows of one store; reading a row costs O(log n + T).
+
+    Holds 16 bytes per document in memory. Safe to read from several threads.
+
+    Args:
+      store: where the tokens come from.
+      seq_len: T.
+      align_documents: document starts are multiples of this (1: no padding between documents).
+      seed: of the document order.
+
+    Raises:
+      UserError: ``align_documents`` does not divide ``seq_len``.
+    """
+
+    def __init__(self, store: TokenStore, seq_len: int, align_documents: int, seed: int) -> None:
+        if seq_len % align_documents:
+            raise UserError(
+                f"data.align_documents={align_documents} does not divide data.seq_len={seq_len}; "
+                f"use one of {nearest_divisors(seq_len, align_documents)}"
+            )
+        self.store = store
+        self.seq_len = seq_len
+        self._order_n = permutation(len(store), seed)
+        lengths_n = store.lengths_n[self._order_n]
+        padded_n = -(-lengths_n // align_documents) * align_documents
+        self._starts_n = np.cumsum(padded_n) - padded_n  # where each document begins in the stream
+        self._num_rows = int(-(-(self._starts_n[-1] + lengths_n[-1]) // seq_len))
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return self._num_rows
+
+    def __getitem__(self, row: int) -> Batch:
+        """Returns row ``row`` as a ``Batch`` of arrays of shape [T]. Raises ``IndexError`` outside 0..len - 1."""
+        pieces = self._pieces(row)
+        return _read_row(self.store, pieces, self.seq_len)
+
+    def documents(self, row: int) -> np.ndarray:
+        """Returns the store indices of the documents in ``row``, shape [k], from left to right."""
+        return self._pieces(row).document_k
+
+    @functools.cached_property
+    def loss_tokens(self) -> int:
+        """Number of labels over all rows: every token but the last of each document."""
+        return self.store.num_tokens - len(self.store)
+
+    def _pieces(self, row: int) -> _Pieces:
+        if not 0 <= row < self._num_rows:
+            raise IndexError(f"row {row} of {self._num_rows}")
+        start = row * self.seq_len
+        # The first candidate covers the row's first token or ends before it (then the row begins with padding).
+        first = int(np.searchsorted(self._starts_n, start, side="right")) - 1
+        stop = int(np.searchsorted(self._starts_n, start + self.seq_len, side="left"))
+        starts_k = self._starts_n[first:stop] - start  # negative for a document from the row before
+        document_k = self._order_n[first:stop]
+        source_k = np.asarray(self.store.offsets_n[document_k])
+        last_k = np.asarray(self.store.offsets_n[document_k + 1]) - 1
+        begin_k = np.maximum(starts_k, 0)
+        end_k = np.minimum(starts_k + (last_k - source_k + 1), self.seq_len)
+        kept_k = end_k > begin_k
+        pieces = _Pieces(document_k, begin_k, end_k, source_k + (begin_k - starts_k), last_k)
+        if kept_k.all():
+            return pieces
+        return _Pieces(**{f.name: getattr(pieces, f.name)[kept_k] for f in dataclasses.fields(pieces)})
+
+
+def document_row(store: TokenStore, index: int, seq_len: int) -> Batch:
+    """Returns the first ``seq_len`` tokens of document ``index`` alone in a row: arrays of shape [T], padded."""
+    first, end = int(store.offsets_n[index]), int(store.offsets_n[index + 1])
+    pieces = _Pieces(
+        document_k=np.array([index]),
+        begin_k=np.array([0]),
+        end_k=np.array([min(end - first, seq_len)]),
+        source_k=np.array([first]),
+        last_k=np.array([end - 1]),
+    )
+    return _read_row(store, pieces, seq_len)
+
+
+def blank_row(seq_len: int, end_of_document: int) -> Batch:
+    """Returns a row of padding (arrays of shape [T]), for filling the last batch of an evaluation."""
+    zeros_T = np.zeros(seq_len, np.int32)
+    return Batch(
+        tokens_BT=np.full(seq_len, end_of_document, np.int32),
+        labels_BT=zeros_T,
+        loss_weights_BT=np.zeros(seq_len, np.float32),
+        segment_ids_BT=zeros_T.copy(),
+        positions_BT=zeros_T.copy(),
+    )
+
+
+def stack_rows(rows: Sequence[Batch]) -> Batch:
+    """Returns a ``Batch`` of arrays [B, T] from B rows of arrays [T]."""
+    names = [field.name for field in dataclasses.fields(Batch)]
+    return Batch(**{name: np.stack([getattr(row, name) for row in rows]) for name in names})
+
+
+def _read_row(store: TokenStore, pieces: _Pieces, seq_len: int) -> Batch:
+    """Fills one row; the work is a handful of array operations however many documents it holds."""
+    counts_k = pieces.end_k - pieces.begin_k
+    # `at_S` are the S columns that hold a token; everything with suffix S is aligned with it.
+    before_S = np.repeat(np.cumsum(counts_k) - counts_k, counts_k)
+    position_S = np.arange(len(before_S)) - before_S
+    at_S = position_S + np.repeat(pieces.begin_k, counts_k)
+    source_S = position_S + np.repeat(pieces.source_k, counts_k)
+    has_next_S = source_S < np.repeat(pieces.last_k, counts_k)
+    next_S = np.where(has_next_S, source_S + 1, source_S)
+
+    row = blank_row(seq_len, store.end_of_document)
+    row.tokens_BT[at_S] = store.tokens_N[source_S]
+    row.labels_BT[at_S] = np.where(has_next_S, store.tokens_N[next_S], 0)
+    row.loss_weights_BT[at_S] = has_next_S
+    row.segment_ids_BT[at_S] = np.repeat(np.arange(1, len(counts_k) + 1), counts_k)
+    row.positions_BT[at_S] = position_S
+    return row

@@ -1,0 +1,498 @@
+"""In-Place Test-Time Training for Hugging Face transformers: Qwen3 and Llama decoders with fast weights.
+
+This file stands alone beside the weights (torch and transformers 4.56 or newer) and is loaded by
+
+    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+
+In the layers ``config.ttt_layers`` the MLP's down projection is a fast weight. Tokens are cut into chunks of
+``ttt_chunk``; a chunk is computed with the state left by the chunks before it, then committed:
+
+    o_t = (W0 + S) z_t
+    S  += bound(ttt_lr * sum_t v_t z_t^T)        v_t = u_t @ ttt_proj.weight
+    u_t = sum_k ttt_conv[k] * x_{t+k-2}          over tokens of the same chunk; x: embeddings or the MLP's input
+
+An unfinished chunk never changes the state. Every row counts its chunks from its first real token, so padding and
+the other rows of a batch change nothing. While decoding, the state lives in the cache: a new cache starts fresh.
+
+Dims: B row, T tokens of this call, C tokens per chunk, M chunks, D model width, F feed-forward width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicCache
+from transformers.masking_utils import create_sliding_window_causal_mask
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM, Qwen3Model
+
+if TYPE_CHECKING:
+    _Stock = Any  # the mixins below stand in front of a class of transformers
+else:
+    _Stock = object
+
+CONV_TAPS = 5
+_KEYS = ("ttt_layers", "ttt_proj", "ttt_lr", "ttt_chunk", "ttt_target")
+_EXTRA_KEYS = ("intttrain_delta_clip", "intttrain_delta_spectral", "intttrain_preserve_row_norm")
+_TARGETS = ("input_embed", "hidden_states", "next_hidden")
+
+
+@dataclasses.dataclass(frozen=True)
+class FastWeightSettings:
+    """The ``ttt_*`` keys of ``config.json`` plus the optional bounds on one chunk's update."""
+
+    layers: tuple[int, ...]
+    eta: float
+    chunk_tokens: int
+    target: str
+    delta_clip: float | None = None
+    delta_spectral: float | None = None
+    preserve_row_norm: bool = False
+
+
+def read_settings(config: Any) -> FastWeightSettings | None:
+    """Returns the settings, ``None`` when ``ttt_mode`` is false. Raises ``ValueError`` when keys are missing."""
+    if getattr(config, "ttt_mode", None) is None:
+        raise ValueError(
+            "config.json has no ttt_mode: the fast weights would be silently off. Restore the ttt_* keys, or load the "
+            "folder without trust_remote_code to run the plain model on purpose."
+        )
+    if not config.ttt_mode:
+        return None
+    missing = [key for key in _KEYS if getattr(config, key, None) is None]
+    if missing:
+        raise ValueError(f"config.json has ttt_mode but no {', '.join(missing)}; a TTT model needs {', '.join(_KEYS)}")
+    unknown = [key for key in vars(config) if key.startswith("intttrain_") and key not in _EXTRA_KEYS]
+    if unknown:
+        raise ValueError(f"config.json has {unknown[0]}, which this modelling file does not know; use a newer one")
+    layers, last = tuple(config.ttt_layers), config.num_hidden_layers - 1
+    if not layers or min(layers) < 0 or max(layers) > last:
+        raise ValueError(f"ttt_layers={list(layers)} must be layer indices from 0 to {last}")
+    if config.ttt_target not in _TARGETS:
+        raise ValueError(f"ttt_target={config.ttt_target!r} is unknown; choose from {', '.join(_TARGETS)}")
+    if config.ttt_proj is not True or config.ttt_chunk < 1:
+        raise ValueError(f"ttt_proj={config.ttt_proj}, ttt_chunk={config.ttt_chunk}: needs true and at least 1")
+    extra = {key.removeprefix("intttrain_"): getattr(config, key) for key in _EXTRA_KEYS if hasattr(config, key)}
+    return FastWeightSettings(layers, float(config.ttt_lr), int(config.ttt_chunk), config.ttt_target, **extra)
+
+
+@dataclasses.dataclass
+class FastWeightState:
+    """One layer's state between two calls.
+
+    Attributes:
+      s_BDF: float32; ``None`` until the first chunk of any row is committed.
+      z_BCF, x_BCD: the open chunk, zero from ``fill_B`` on.
+      fill_B: real tokens in the open chunk.
+      columns: batch columns seen so far, padding included; equals the cache's length.
+    """
+
+    s_BDF: torch.Tensor | None
+    z_BCF: torch.Tensor
+    x_BCD: torch.Tensor
+    fill_B: torch.Tensor
+    columns: int
+
+    def map_rows(self, change: Any) -> FastWeightState:
+        """Returns the state with ``change`` applied to every tensor (they all have the row on axis 0)."""
+        s_BDF = None if self.s_BDF is None else change(self.s_BDF)
+        return FastWeightState(s_BDF, change(self.z_BCF), change(self.x_BCD), change(self.fill_B), self.columns)
+
+
+class InPlaceTTTCache(DynamicCache):
+    """A ``DynamicCache`` whose rows carry their fast weights along (beam search reorders both)."""
+
+    fast_weights: dict[int, FastWeightState]
+
+    @staticmethod
+    def adopt(cache: Any) -> None:
+        """Turns an empty ``DynamicCache`` made by ``generate`` or by a caller into this class, in place."""
+        if isinstance(cache, InPlaceTTTCache):
+            if (past := cache.get_seq_length()) == 0:
+                cache.fast_weights = {}
+            for layer, state in cache.fast_weights.items():
+                if state.columns != past:
+                    raise NotImplementedError(
+                        f"the cache holds {past} columns, but the fast weight of layer {layer} has seen "
+                        f"{state.columns}; a cache cannot be cut or filled by another model"
+                    )
+            return
+        if type(cache) is not DynamicCache:
+            raise NotImplementedError(
+                f"{type(cache).__name__} is not supported: fast weights need a DynamicCache "
+                "(leave cache_implementation unset)"
+            )
+        if cache.get_seq_length() != 0:
+            raise ValueError("the cache was filled without fast weights; start from an empty one")
+        cache.__class__ = InPlaceTTTCache
+        cache.fast_weights = {}
+
+    @property
+    def is_croppable(self) -> bool:
+        """Tells ``generate`` that assisted decoding is impossible."""
+        return False
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        """Refuses: an update that was added is not kept apart."""
+        raise NotImplementedError("fast weights cannot be rolled back: assisted decoding and crop() are not supported")
+
+    def reset(self) -> None:
+        """Empties the cache and drops the fast weights."""
+        super().reset()
+        self.fast_weights = {}
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Keeps and repeats rows as beam search chose."""
+        super().reorder_cache(beam_idx)
+        self._map_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row."""
+        super().batch_repeat_interleave(repeats)
+        self._map_rows(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps only these rows."""
+        super().batch_select_indices(indices)
+        self._map_rows(lambda x: x[indices.to(x.device)])
+
+    def _map_rows(self, change: Any) -> None:
+        self.fast_weights = {layer: state.map_rows(change) for layer, state in self.fast_weights.items()}
+
+
+@dataclasses.dataclass
+class _Call:
+    """What the fast weights need to know of one call of the decoder."""
+
+    valid_BT: torch.Tensor  # bool, false at padding
+    embeds_BTD: torch.Tensor
+
+
+class _TargetProjection(nn.Linear):
+    """``ttt_proj``: the weight is D_in x D_out, used as ``u @ weight`` (a Linear would transpose it)."""
+
+    def forward(self, u_BCD: torch.Tensor) -> torch.Tensor:
+        return u_BCD @ self.weight
+
+
+class _TargetConv(nn.Conv1d):
+    """``ttt_conv``: depthwise, centred, zero beyond the chunk."""
+
+    def forward(self, x_BCD: torch.Tensor) -> torch.Tensor:
+        return super().forward(x_BCD.transpose(1, 2)).transpose(1, 2)
+
+
+class InPlaceTTTMLP(nn.Module):
+    """A SwiGLU MLP whose down projection is the initial fast weight. Takes over the stock MLP's submodules."""
+
+    def __init__(self, config: Any, settings: FastWeightSettings, plain: nn.Module, layer_idx: int):
+        super().__init__()
+        width = config.hidden_size
+        self.settings, self.layer_idx, self.d_ff = settings, layer_idx, config.intermediate_size
+        self.gate_proj, self.up_proj, self.down_proj = plain.gate_proj, plain.up_proj, plain.down_proj
+        self.act_fn = plain.act_fn
+        self.ttt_proj = _TargetProjection(width, width, bias=False)
+        if settings.target != "next_hidden":
+            self.ttt_conv = _TargetConv(width, width, CONV_TAPS, padding=CONV_TAPS // 2, groups=width, bias=False)
+        self.call: _Call | None = None  # set by the decoder layer for the duration of one call
+        self.cache: InPlaceTTTCache | None = None
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """Returns ``(W0 + S) z`` and moves the state that the cache holds."""
+        if self.call is None:
+            raise RuntimeError("a fast-weight MLP runs only inside InPlaceTTT*Model.forward")
+        z_BTF = self.act_fn(self.gate_proj(x_BTD)) * self.up_proj(x_BTD)
+        if z_BTF.shape[-1] != self.d_ff:
+            raise NotImplementedError("tensor parallelism over the feed-forward axis is not supported")
+        base_BTD = self.down_proj(z_BTF)
+        source_BTD = self.call.embeds_BTD if self.settings.target == "input_embed" else x_BTD
+        state = None if self.cache is None else self.cache.fast_weights.get(self.layer_idx)
+        if state is None:
+            state = self._fresh_state(z_BTF, source_BTD)
+        advance = self._advance_one if z_BTF.shape[1] == 1 else self._advance_many
+        new = (z_BTF, source_BTD.to(z_BTF.device), self.call.valid_BT.to(z_BTF.device))
+        update_BTD, scale_BTD, state = advance(*new, state)
+        if self.cache is not None:
+            self.cache.fast_weights[self.layer_idx] = state
+        if update_BTD is None:
+            return base_BTD
+        out_BTD = base_BTD.float() + update_BTD
+        return (out_BTD if scale_BTD is None else out_BTD * scale_BTD).to(base_BTD.dtype)
+
+    def _fresh_state(self, z_BTF: torch.Tensor, x_BTD: torch.Tensor) -> FastWeightState:
+        rows, chunk = z_BTF.shape[0], self.settings.chunk_tokens
+        z_BCF = z_BTF.new_zeros(rows, chunk, z_BTF.shape[2])
+        x_BCD = x_BTD.new_zeros(rows, chunk, x_BTD.shape[2], device=z_BTF.device)
+        return FastWeightState(None, z_BCF, x_BCD, torch.zeros(rows, dtype=torch.long, device=z_BTF.device), 0)
+
+    def _advance_one(
+        self, z_B1F: torch.Tensor, x_B1D: torch.Tensor, valid_B1: torch.Tensor, state: FastWeightState
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, FastWeightState]:
+        """One token per row, the common case while decoding: reads at one position, writes into the open chunk."""
+        update_B1D, scale_B1D = self._read(state.s_BDF, z_B1F)
+        z_BCF, x_BCD = state.z_BCF, state.x_BCD
+        if torch.is_grad_enabled():  # autograd may still need the old buffers
+            z_BCF, x_BCD = z_BCF.clone(), x_BCD.clone()
+        rows_R = valid_B1[:, 0].nonzero()[:, 0]
+        z_BCF[rows_R, state.fill_B[rows_R]] = z_B1F[rows_R, 0]
+        x_BCD[rows_R, state.fill_B[rows_R]] = x_B1D[rows_R, 0]
+        fill_B = state.fill_B + valid_B1[:, 0]
+        full_B = fill_B == self.settings.chunk_tokens
+        s_BDF = state.s_BDF
+        if full_B.any():
+            s_BDF = self._commit(s_BDF, z_BCF, x_BCD, full_B)
+            kept_B11 = ~full_B[:, None, None]
+            z_BCF, x_BCD = z_BCF * kept_B11, x_BCD * kept_B11
+            fill_B = fill_B.masked_fill(full_B, 0)
+        return update_B1D, scale_B1D, FastWeightState(s_BDF, z_BCF, x_BCD, fill_B, state.columns + 1)
+
+    def _advance_many(
+        self, z_BTF: torch.Tensor, x_BTD: torch.Tensor, valid_BT: torch.Tensor, state: FastWeightState
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, FastWeightState]:
+        """Any number of tokens: each row's real tokens are laid out on its own chunk grid, chunk after chunk."""
+        chunk = self.settings.chunk_tokens
+        total_B = state.fill_B + valid_BT.sum(1)
+        chunks = int(total_B.max()) // chunk + 1  # the last one is open in every row
+        spare = chunks * chunk  # one slot more, where padding is dropped
+        slot_BT = (state.fill_B[:, None] + valid_BT.long().cumsum(1) - 1).masked_fill(~valid_BT, spare)
+        z_BMCF = _lay_out(z_BTF, state.z_BCF, slot_BT, chunks)
+        x_BMCD = _lay_out(x_BTD, state.x_BCD, slot_BT, chunks)
+        s_BDF, updates, scales = state.s_BDF, [], []
+        for i in range(chunks):
+            update_BCD, scale_B1D = self._read(s_BDF, z_BMCF[:, i])
+            updates.append(update_BCD)
+            scales.append(scale_B1D)
+            full_B = total_B >= (i + 1) * chunk
+            if full_B.any():
+                s_BDF = self._commit(s_BDF, z_BMCF[:, i], x_BMCD[:, i], full_B)
+        last = (torch.arange(len(total_B), device=total_B.device), total_B // chunk)
+        columns = state.columns + z_BTF.shape[1]
+        state = FastWeightState(s_BDF, z_BMCF[last], x_BMCD[last], total_B % chunk, columns)
+        return _pick(updates, slot_BT, 0.0), _pick(scales, slot_BT // chunk, 1.0), state
+
+    def _read(self, s_BDF: torch.Tensor | None, z_BCF: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Returns ``S z`` in fp32 and, when row norms are preserved, ``|W0[d]| / |W0[d] + S[d]|``."""
+        if s_BDF is None:
+            return None, None
+        with torch.autocast(z_BCF.device.type, enabled=False):
+            update_BCD = torch.einsum("bdf,bcf->bcd", s_BDF, z_BCF.float())
+            if not self.settings.preserve_row_norm:
+                return update_BCD, None
+            base_DF = self.down_proj.weight.detach().float()
+            moved_BD = (base_DF + s_BDF.detach()).norm(dim=2)
+            return update_BCD, (base_DF.norm(dim=1) / moved_BD.clamp(min=1e-12))[:, None]
+
+    def _commit(
+        self, s_BDF: torch.Tensor | None, z_BCF: torch.Tensor, x_BCD: torch.Tensor, full_B: torch.Tensor
+    ) -> torch.Tensor:
+        """Returns the state after adding the chunk's update in the rows where the chunk is full."""
+        settings = self.settings
+        following = settings.target == "next_hidden"
+        u_BCD = nn.functional.pad(x_BCD[:, 1:], (0, 0, 0, 1)) if following else self.ttt_conv(x_BCD)
+        v_BCD = self.ttt_proj(u_BCD)
+        with torch.autocast(z_BCF.device.type, enabled=False):
+            delta_BDF = settings.eta * torch.einsum("bcd,bcf->bdf", v_BCD.float(), z_BCF.float())
+            for bound, order in ((settings.delta_clip, "fro"), (settings.delta_spectral, 2)):
+                if bound is not None:
+                    norm_B = torch.linalg.matrix_norm(delta_BDF, ord=order)
+                    delta_BDF = delta_BDF * (bound / norm_B.clamp(min=bound))[:, None, None]
+            delta_BDF = torch.where(full_B[:, None, None], delta_BDF, 0.0)
+            return delta_BDF if s_BDF is None else s_BDF + delta_BDF
+
+
+def _lay_out(new_BTX: torch.Tensor, open_BCX: torch.Tensor, slot_BT: torch.Tensor, chunks: int) -> torch.Tensor:
+    """Returns the open chunk followed by the new tokens at their slots, as B M C X; empty slots are zero."""
+    rows, chunk, width = open_BCX.shape
+    grid_BGX = torch.cat([open_BCX, open_BCX.new_zeros(rows, (chunks - 1) * chunk + 1, width)], dim=1)
+    index_BTX = slot_BT[:, :, None].expand(-1, -1, width)
+    return grid_BGX.scatter(1, index_BTX, new_BTX)[:, :-1].reshape(rows, chunks, chunk, width)
+
+
+def _pick(parts: list[torch.Tensor | None], index_BT: torch.Tensor, default: float) -> torch.Tensor | None:
+    """Returns each token's row of the parts (one per chunk, joined on axis 1); no part or padding gives ``default``."""
+    some = next((part for part in parts if part is not None), None)
+    if some is None:
+        return None
+    missing = torch.full_like(some, default)
+    joined = torch.cat([missing if part is None else part for part in [*parts, None]], dim=1)
+    return joined.gather(1, index_BT[:, :, None].expand(-1, -1, some.shape[2]))
+
+
+class _LayerMixin(_Stock):
+    """A decoder layer that hands the call to its fast-weight MLP; the stock forward stays as it is."""
+
+    mlp: Any
+
+    def __init__(self, config: Any, layer_idx: int):
+        super().__init__(config, layer_idx)
+        settings = read_settings(config)
+        if settings is not None and layer_idx in settings.layers:
+            self.mlp = InPlaceTTTMLP(config, settings, self.mlp, layer_idx)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, ttt_call: _Call | None = None, **kwargs: Any) -> Any:
+        if not isinstance(self.mlp, InPlaceTTTMLP):
+            return super().forward(hidden_states, *args, **kwargs)
+        # The attention's own cache argument: gradient checkpointing sets it to None, then no state may be kept.
+        self.mlp.call, self.mlp.cache = ttt_call, kwargs.get("past_key_values")
+        try:
+            return super().forward(hidden_states, *args, **kwargs)
+        finally:
+            self.mlp.call = self.mlp.cache = None
+
+
+class _LoadMixin(_Stock):
+    """Initialisation of the extra weights, and a loud failure where stock loading only warns."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, (_TargetProjection, _TargetConv)):
+            if getattr(module.weight, "_is_hf_initialized", False):
+                return
+            with torch.no_grad():  # the method's own start: no update at first, yet a gradient
+                module.weight.zero_()
+                if isinstance(module, _TargetProjection):
+                    module.weight.diagonal().normal_(0.0, self.config.initializer_range)
+            return
+        super()._init_weights(module)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        for problem, keys in (("are missing", info["missing_keys"]), ("have no layer", info["unexpected_keys"])):
+            names = sorted(key for key in keys if ".mlp.ttt_" in key)
+            if names:
+                raise ValueError(f"weights and ttt_layers={model.config.ttt_layers} disagree: {names} {problem}")
+        return (model, info) if wants_info else model
+
+
+class _ModelMixin(_LoadMixin):
+    """The stock decoder with fast weights in ``config.ttt_layers``."""
+
+    layer_class: type
+    knows_window: ClassVar[bool] = True  # whether the stock forward itself applies config.sliding_window
+    _can_compile_fullgraph = False
+
+    def __init__(self, config: Any):
+        settings = read_settings(config)  # fails before anything is built
+        super().__init__(config)
+        self.ttt_settings = settings
+        self.layers = nn.ModuleList([self.layer_class(config, i) for i in range(config.num_hidden_layers)])
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the stock forward. ``attention_mask`` is B x (cached + T), 0 at padding, on either side."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        use_cache = use_cache and not (self.training and self.gradient_checkpointing)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if self.ttt_settings is not None:
+            valid_BT = _valid_tokens(inputs_embeds, attention_mask, position_ids, kwargs)
+            kwargs["ttt_call"] = _Call(valid_BT, inputs_embeds)
+            if past_key_values is not None:
+                InPlaceTTTCache.adopt(past_key_values)
+        window = None if self.knows_window else getattr(self.config, "sliding_window", None)
+        if window is not None:
+            kwargs["sliding_window"] = window  # flash attention cuts by this argument instead of a mask
+            attention_mask = _window_mask(self.config, inputs_embeds, attention_mask, position_ids, past_key_values)
+        return super().forward(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+
+def _valid_tokens(
+    embeds_BTD: torch.Tensor, attention_mask: Any, position_ids: Any, kwargs: dict[str, Any]
+) -> torch.Tensor:
+    """Returns which of this call's tokens are real, as bool B T."""
+    rows, tokens = embeds_BTD.shape[:2]
+    if kwargs.get("cu_seq_lens_q") is not None:
+        raise NotImplementedError("packed rows (cu_seq_lens) are not supported; pass one document per row")
+    if attention_mask is None:
+        if position_ids is not None and tokens > 1 and bool((position_ids.diff(dim=-1) != 1).any()):
+            raise NotImplementedError("packed rows (position_ids that restart) are not supported; one document per row")
+        return torch.ones(rows, tokens, dtype=torch.bool, device=embeds_BTD.device)
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
+        raise NotImplementedError("fast weights need the 2D attention_mask (rows x columns), not a prepared one")
+    return attention_mask[:, -tokens:].to(embeds_BTD.device).bool()
+
+
+def _window_mask(config: Any, embeds_BTD: torch.Tensor, attention_mask: Any, position_ids: Any, cache: Any) -> Any:
+    """Returns the mask of a sliding window, in the form that the chosen attention implementation takes."""
+    past = 0 if cache is None else cache.get_seq_length()
+    choices = {
+        "config": config,
+        "inputs_embeds": embeds_BTD,
+        "input_embeds": embeds_BTD,  # its name before 5.0
+        "attention_mask": attention_mask,
+        "cache_position": torch.arange(past, past + embeds_BTD.shape[1], device=embeds_BTD.device),  # before 5.0
+        "past_key_values": cache,
+        "position_ids": position_ids,
+    }
+    known = inspect.signature(create_sliding_window_causal_mask).parameters
+    return create_sliding_window_causal_mask(**{key: value for key, value in choices.items() if key in known})
+
+
+class InPlaceTTTQwen3DecoderLayer(_LayerMixin, Qwen3DecoderLayer):
+    """Qwen3 layer."""
+
+
+class InPlaceTTTLlamaDecoderLayer(_LayerMixin, LlamaDecoderLayer):
+    """Llama layer."""
+
+
+class InPlaceTTTQwen3Model(_ModelMixin, Qwen3Model):
+    """Qwen3 decoder without a head."""
+
+    layer_class = InPlaceTTTQwen3DecoderLayer
+    _no_split_modules: ClassVar[list[str]] = ["InPlaceTTTQwen3DecoderLayer"]
+
+
+class InPlaceTTTLlamaModel(_ModelMixin, LlamaModel):
+    """Also reads ``config.sliding_window``, which the stock class does not know."""
+
+    layer_class = InPlaceTTTLlamaDecoderLayer
+    knows_window = False
+    _no_split_modules: ClassVar[list[str]] = ["InPlaceTTTLlamaDecoderLayer"]
+
+
+class _CausalLMMixin(_LoadMixin):
+    model_class: type
+
+    def __init__(self, config: Any):
+        read_settings(config)  # fails before anything is built
+        super().__init__(config)
+        self.model = self.model_class(config)
+        self.post_init()
+
+
+class InPlaceTTTQwen3ForCausalLM(_CausalLMMixin, Qwen3ForCausalLM):
+    """Qwen3 with fast weights and a language-model head."""
+
+    model_class = InPlaceTTTQwen3Model
+
+
+class InPlaceTTTLlamaForCausalLM(_CausalLMMixin, LlamaForCausalLM):
+    """Llama with fast weights and a language-model head."""
+
+    model_class = InPlaceTTTLlamaModel

@@ -1,0 +1,59 @@
+"""Tiny models with weights large enough that every part of them, the update included, moves the logits."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from intttrain.core.config import Llama3Scaling, ModelConfig, RopeConfig, TTTConfig, YarnScaling
+from intttrain.interop.export import ExportResult, export_model
+from intttrain.interop.names import leaf_shapes, nest_params
+
+CHUNK = 4
+VOCAB = 50
+TTT = TTTConfig(layers=(0, 2), chunk_tokens=CHUNK, eta=0.2)
+LLAMA3 = Llama3Scaling(
+    kind="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=16
+)  # fmt: skip
+YARN = YarnScaling(kind="yarn", factor=4.0, original_max_position=16, beta_fast=4.0)
+
+
+def make_model(family: str = "qwen3", ttt: TTTConfig | None = TTT, scaling: Any = None, **changes: Any) -> ModelConfig:
+    """Every size differs from every other, so that no transposition goes unnoticed (Llama wants N H = D apart)."""
+    model = ModelConfig(
+        family=family, vocab_size=VOCAB, d_model=20, d_ff=28, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=6,
+        rope=RopeConfig(theta=100.0, scaling=scaling), ttt=ttt, compute_dtype="float32", attention="dense", remat="none",
+    )  # fmt: skip
+    return dataclasses.replace(model, **changes)
+
+
+def make_ttt(**changes: Any) -> TTTConfig:
+    return dataclasses.replace(TTT, **changes)
+
+
+def make_params(model: ModelConfig, seed: int = 0) -> dict[str, Any]:
+    """Returns a random parameter tree; norm scales around one, matrices scaled by their fan-in."""
+    rng = np.random.default_rng(seed)
+    leaves = {}
+    for path, shape in leaf_shapes(model).items():
+        noise = rng.standard_normal(shape).astype(np.float32)
+        if path.endswith(("scale", "_norm")):
+            leaves[path] = 1 + 0.2 * noise
+        elif path == "ttt.conv":
+            leaves[path] = 0.5 * noise
+        else:
+            leaves[path] = noise * np.float32(0.5 if path in ("embed.weight", "head.weight") else model.d_model**-0.5)
+    return nest_params(leaves)
+
+
+def export(model: ModelConfig, output: Path, params: dict[str, Any] | None = None, **changes: Any) -> ExportResult:
+    """Exports in float32 without a tokenizer."""
+    choices: dict[str, Any] = {"tokenizer_files": (), "dtype": "float32", "end_of_document": None}
+    return export_model(make_params(model) if params is None else params, model, output, **(choices | changes))
+
+
+def random_tokens(rows: int, length: int, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, VOCAB, (rows, length))

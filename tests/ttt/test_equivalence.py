@@ -1,0 +1,205 @@
+"""The first rungs of the ladder: token loop = reference = chunked, in value and in every gradient."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from intttrain import ttt
+from tests.ttt.cases import (
+    BY_NAME,
+    CASES,
+    C,
+    T,
+    assert_close,
+    assert_same,
+    cotangents,
+    forward,
+    forward_loop,
+    gradients,
+    leaves_of,
+    loss_of,
+)
+
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+# fp32 rounding of sums of at most 16 x 12 products.
+FP32 = 1e-5
+# Gradients through 12 power iterations of a spectral norm are as exact as the iteration has converged.
+SPECTRAL = 2e-3
+
+
+def tolerance(case):
+    return SPECTRAL if case.transform.spectral is not None else FP32
+
+
+@every_case
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+def test_value_equals_the_token_loop(case, implementation):
+    _, output = gradients(case, implementation)
+    o_BTD, s_BDF = forward_loop(case, leaves_of(case))
+    assert_close(output.o_BTD, o_BTD, tolerance(case), "o")
+    assert_close(output.state.s_BDF, s_BDF, tolerance(case), "state")
+    assert_same(output.state.document_B, case.segments_BT[:, -1])
+
+
+@every_case
+def test_chunked_gradients_equal_the_reference(case):
+    wanted, _ = gradients(case, "reference")
+    actual, _ = gradients(case, "chunked")
+    assert set(actual) == set(leaves_of(case))
+    for name in wanted:
+        assert_close(actual[name], wanted[name], 2 * FP32, name)  # both sides round
+
+
+@every_case
+def test_gradients_equal_finite_differences_of_the_token_loop(case):
+    """Neither autodiff nor JAX on the other side: central differences in float64, one direction per leaf."""
+    if case.transform.preserve_row_norm:
+        pytest.skip("row scales are constants for differentiation, by decision")
+    actual, _ = gradients(case, "chunked")
+    leaves = {name: np.asarray(leaf, np.float64) for name, leaf in leaves_of(case).items()}
+    rng = np.random.default_rng(5)
+    for name, leaf in leaves.items():
+        direction = rng.standard_normal(leaf.shape)
+        step = 1e-5
+        ahead, behind = (
+            loss_of(case, *forward_loop(case, leaves | {name: leaf + sign * step * direction})) for sign in (1, -1)
+        )
+        wanted = (ahead - behind) / (2 * step)
+        got = float(np.sum(np.asarray(actual[name], np.float64) * direction))
+        scale = float(np.linalg.norm(actual[name]) * np.linalg.norm(direction)) + 1e-3
+        # 1e-4 of the largest possible slope: fp32 gradients, and differences good to 1e-8.
+        assert abs(got - wanted) <= max(1e-4, tolerance(case)) * scale, (name, got, wanted)
+
+
+def test_check_grads_of_z_and_v():
+    """JAX's own checker on a tiny case, with every input that the chunked form differentiates."""
+    segments_BT = jnp.asarray([[1, 1, 1, 1, 2, 2, 2, 2], [1, 1, 1, 2, 2, 2, 2, 0]], jnp.int32)
+    keys = jax.random.split(jax.random.key(0), 5)
+    z, v = jax.random.normal(keys[0], (2, 8, 3)), jax.random.normal(keys[1], (2, 8, 2))
+    w, s_in = jax.random.normal(keys[2], (2, 3)), jax.random.normal(keys[3], (2, 2, 3))
+    gates = jax.random.uniform(keys[4], (2, 4))
+
+    def run(z, v, w, gates, eta, s_in):
+        state = ttt.FastWeightState(s_in, jnp.ones((2,), jnp.int32))
+        output = ttt.fast_weight_projection(
+            z, v, w, segments_BT, chunk_tokens=2, eta=eta, gates_BM=gates, state=state
+        )
+        return output.o_BTD, output.state.s_BDF
+
+    check_grads(run, (z, v, w, gates, jnp.asarray(0.5), s_in), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("name", ["several_in_a_chunk", "state_in", "aligned_with_padding", "clip", "row_norm"])
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+def test_bf16_inputs_stay_close_and_the_state_stays_fp32(name, implementation):
+    """bf16 keeps 8 bits (0.4 %); o, v, z and the S that is read are each rounded once: 2 % of the largest value."""
+    case = BY_NAME[name]
+    leaves = dict(leaves_of(case))
+    for leaf in ("z", "x", "v"):
+        leaves[leaf] = jnp.asarray(leaves[leaf], jnp.bfloat16)
+    grads, output = gradients(case, implementation, leaves)
+    assert output.o_BTD.dtype == jnp.bfloat16
+    assert output.state.s_BDF.dtype == jnp.float32
+    o_BTD, s_BDF = forward_loop(case, leaves)
+    assert_close(output.o_BTD, o_BTD, 2e-2, "o")
+    assert_close(output.state.s_BDF, s_BDF, 2e-2, "state")
+    wanted, _ = gradients(case, "reference", {k: np.asarray(leaf, np.float32) for k, leaf in leaves.items()})
+    for leaf, gradient in grads.items():
+        assert gradient.dtype == leaves[leaf].dtype
+        assert_close(gradient, wanted[leaf], 4e-2, leaf)  # a product of two rounded factors, rounded again
+
+
+def test_bf16_inputs_do_not_round_the_running_sum():
+    """64 equal updates of 1/256 on top of 1: in bf16 every one of them would be lost."""
+    seq_len = 65
+    z = jnp.ones((1, seq_len, 1), jnp.bfloat16)
+    v = jnp.concatenate([jnp.ones((1, 1, 1)), jnp.full((1, seq_len - 1, 1), 1 / 256)], axis=1).astype(jnp.bfloat16)
+    for implementation in ("chunked", "reference"):
+        output = ttt.fast_weight_projection(
+            z, v, jnp.zeros((1, 1)), jnp.ones((1, seq_len), jnp.int32), chunk_tokens=1, eta=jnp.asarray(1.0),
+            implementation=implementation,
+        )  # fmt: skip
+        assert float(output.state.s_BDF[0, 0, 0]) == 1.25
+
+
+@pytest.mark.parametrize("transform", ["one_document", "row_norm", "spectral"])
+@pytest.mark.parametrize("off", ["gates", "eta"])
+def test_switched_off_is_the_plain_projection_bit_for_bit(transform, off):
+    case = BY_NAME[transform]
+    leaves = dict(leaves_of(case)) | {"s_in": np.zeros_like(leaves_of(case)["s_in"])}
+    leaves[off] = np.zeros_like(leaves[off])
+    plain = jax.jit(ttt.project)(leaves["z"], leaves["w_down"])
+    on = gradients(case, "chunked")[1].o_BTD
+    assert np.max(np.abs(on - plain)) > 0.1
+    assert_same(gradients(case, "chunked", leaves)[1].o_BTD, plain)
+
+
+def test_first_chunk_never_sees_its_own_update():
+    """Apply, then update: o of a chunk does not depend on the values written in it or later."""
+    case = BY_NAME["one_document"]
+    _, output = gradients(case, "chunked")
+    changed = dict(leaves_of(case))
+    changed["v"] = changed["v"].copy()
+    changed["v"][:, C:] += 1.0
+    _, other = gradients(case, "chunked", changed)
+    assert_same(other.o_BTD[:, : 2 * C], output.o_BTD[:, : 2 * C])
+    assert np.all(np.asarray(other.o_BTD[0, 2 * C :] != output.o_BTD[0, 2 * C :]))
+
+
+def test_reported_sizes():
+    case = BY_NAME["trailing_padding"]
+    leaves = leaves_of(case)
+    _, output = gradients(case, "chunked")
+    base = np.linalg.norm(leaves["w_down"])
+    assert output.delta_norm_BM.shape == output.state_norm_BM.shape == (3, 4)
+    assert_close(output.state_norm_BM[:, -1], np.linalg.norm(output.state.s_BDF, axis=(1, 2)) / base, FP32)
+    # Nothing is carried out of a chunk that ends in padding: (8, -8) writes twice, then nothing.
+    assert np.all(np.asarray(output.delta_norm_BM[1, :2]) > 0)
+    assert_same(output.delta_norm_BM[1, 2:], np.zeros(2))
+    assert_same(output.state_norm_BM[1, 2:], np.zeros(2))
+
+
+def test_reported_sizes_carry_no_gradient():
+    case = BY_NAME["one_row"]
+
+    def size(leaves):
+        output = forward(case, leaves, case.segments_BT)
+        return jnp.sum(output.delta_norm_BM) + jnp.sum(output.state_norm_BM)
+
+    for name, gradient in jax.grad(size)(leaves_of(case)).items():
+        assert_same(gradient, np.zeros_like(gradient), name)
+
+
+def test_default_arguments_mean_ungated_and_fresh():
+    case = BY_NAME["one_document"]
+    leaves = jax.tree.map(jnp.asarray, leaves_of(case))
+    segments_BT = jnp.asarray(case.segments_BT)
+    arguments = (leaves["z"], leaves["v"], leaves["w_down"], segments_BT)
+    short = ttt.fast_weight_projection(*arguments, chunk_tokens=C, eta=leaves["eta"])
+    state = ttt.init_state(3, 8, 12)
+    full = ttt.fast_weight_projection(
+        *arguments, chunk_tokens=C, eta=leaves["eta"], gates_BM=jnp.ones((3, 4)), state=state, implementation="chunked"
+    )
+    assert_same(short.o_BTD, full.o_BTD)
+    assert_same(short.state.s_BDF, full.state.s_BDF)
+
+
+def test_a_chunk_that_does_not_divide_the_row_is_refused():
+    leaves = jax.tree.map(jnp.asarray, leaves_of(BY_NAME["one_row"]))
+    with pytest.raises(ValueError, match="chunk_tokens=5 does not divide the row length 16"):
+        ttt.fast_weight_projection(
+            leaves["z"], leaves["v"], leaves["w_down"], jnp.ones((1, T), jnp.int32), chunk_tokens=5, eta=leaves["eta"]
+        )
+
+
+def test_every_gradient_of_the_comparison_is_alive():
+    """A comparison of zeros proves nothing: each leaf moves the loss."""
+    grads, _ = gradients(BY_NAME["state_in"], "chunked")
+    for name, gradient in grads.items():
+        assert np.max(np.abs(gradient)) > 1e-3, name
+    assert all(np.any(direction) for direction in cotangents(BY_NAME["state_in"]))
