@@ -26,6 +26,7 @@ os.environ.update(
     TRANSFORMERS_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",
     MPLBACKEND="Agg",
+    OMP_NUM_THREADS="1",  # torch: with shapes this small, threads of several workers only wait for each other
 )
 
 import jax  # noqa: E402

@@ -183,7 +183,9 @@ def test_environment_and_process_index_are_read_in_core_only():
 
 def test_import_contracts_hold():
     pytest.importorskip("importlinter")
-    command = "from importlinter.cli import lint_imports; import sys; sys.exit(lint_imports(no_cache=True, no_logo=True))"
+    command = (
+        "from importlinter.cli import lint_imports; import sys; sys.exit(lint_imports(no_cache=True, no_logo=True))"
+    )
     done = subprocess.run([sys.executable, "-c", command], cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 

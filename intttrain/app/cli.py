@@ -103,7 +103,8 @@ def _explain(error: BaseException) -> str:
     messages = ["; ".join(line.strip() for line in text.splitlines() if line.strip()) for text in texts]
     for message in messages:
         if "Did you mean" in message and not message.startswith("Unknown command line flag"):
-            return f"unknown configuration key {message.replace('Did', 'did')}"
+            plain = message.replace("\\n", "; ").replace("\\", "").replace("'", "").replace("Did", "did")
+            return f"unknown configuration key {plain}"
         if missing := re.findall(r"No such file or directory: '([^']+)'", message):
             return f"--config: there is no file {missing[0]}; configs/ holds examples"
         if absent := re.findall(r"--(\w+)=None: Flag --\w+ must have a value", message):

@@ -110,17 +110,27 @@ def evaluate_model(values: flags.FlagValues) -> int:
         heldout, seq_len=config.eval.seq_len, min_document_tokens=config.eval.min_document_tokens,
         max_documents=config.eval.documents, seed=config.eval.seed,
     )  # fmt: skip
+    store = TokenStore.open(config.data.train[0].path) if config.data.train else None  # for the n-gram baselines
     result = evaluate_run(
         dataclasses.replace(config, model=trained.config.model), trained.params, dense=dense,
-        heldout_rows=rows.rows, train_store=TokenStore.open(config.data.train[0].path), report=report,
+        heldout_rows=rows.rows, train_store=store, report=report,
     )  # fmt: skip
-    folder = workdir / "eval" / str(trained.step)
+    print(result.table())
+    folder = _free_folder(workdir / "eval" / str(trained.step))
     content = {"step": trained.step, **result.to_json()}
     write_json(folder / "positions.json", content)
     result.plot(folder / "positions.png")
-    print(result.table())
     print(f"\nplot {folder / 'positions.png'}\njson {folder / 'positions.json'}")
     return _finish(values, content)
+
+
+def _free_folder(wanted: Path) -> Path:
+    """Returns ``wanted``, or ``wanted-2``, ... : an evaluation never replaces an earlier one."""
+    folder, number = wanted, 1
+    while folder.exists():
+        number += 1
+        folder = wanted.with_name(f"{wanted.name}-{number}")
+    return folder
 
 
 def _load_twin(trained: Trained, workdir: Path) -> tuple[Any, Any]:

@@ -1,1 +1,1 @@
-
+"""Configuration, errors, metrics and progress: what every other package may import."""

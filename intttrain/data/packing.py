@@ -104,7 +104,8 @@ class PackedRows:
         if not 0 <= row < self._num_rows:
             raise IndexError(f"row {row} of {self._num_rows}")
         start = row * self.seq_len
-        # The first candidate covers the row's first token or ends before it (then the row begins with padding).
+        # Row starts are multiples of the alignment and padding is shorter than it, so a row begins inside a document
+        # or with a new one: each of first..stop - 1 has at least one token here.
         first = int(np.searchsorted(self._starts_n, start, side="right")) - 1
         stop = int(np.searchsorted(self._starts_n, start + self.seq_len, side="left"))
         starts_k = self._starts_n[first:stop] - start  # negative for a document from the row before
@@ -113,11 +114,7 @@ class PackedRows:
         last_k = np.asarray(self.store.offsets_n[document_k + 1]) - 1
         begin_k = np.maximum(starts_k, 0)
         end_k = np.minimum(starts_k + (last_k - source_k + 1), self.seq_len)
-        kept_k = end_k > begin_k
-        pieces = _Pieces(document_k, begin_k, end_k, source_k + (begin_k - starts_k), last_k)
-        if kept_k.all():
-            return pieces
-        return _Pieces(**{f.name: getattr(pieces, f.name)[kept_k] for f in dataclasses.fields(pieces)})
+        return _Pieces(document_k, begin_k, end_k, source_k + (begin_k - starts_k), last_k)
 
 
 def document_row(store: TokenStore, index: int, seq_len: int) -> Batch:

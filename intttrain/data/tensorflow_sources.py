@@ -55,8 +55,7 @@ def read_seqio(source: SeqioSource, report: Callable[[str], None]) -> Iterator[t
             f"{list(source.imports)}{did_you_mean(source.name, known) if known else '; nothing is registered'}"
         )
     provider = seqio.get_mixture_or_task(source.name)
-    # SeqIO lists a mixture's tasks in no fixed order.
-    tasks = sorted(provider.tasks, key=lambda t: t.name) if isinstance(provider, seqio.Mixture) else [provider]
+    tasks = list(provider.tasks) if isinstance(provider, seqio.Mixture) else [provider]  # SeqIO sorts them by name
     if len(tasks) > 1:
         report(f"mixture {source.name}: reading its {len(tasks)} tasks once each; its rates are not applied")
     for task in tasks:

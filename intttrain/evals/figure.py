@@ -31,7 +31,8 @@ _STYLES: dict[str, dict[str, Any]] = {
 }
 _NAMES = {"on": "on (update as trained)", "off": "off (same model, no update)", "dense": "dense (trained without TTT)"}
 _BASELINES = ("unigram", "bigram")
-_MAX_TICKS = 9
+_MAX_TICKS = 12
+_LEAST_SPAN = 0.02  # bits on an axis; keeps rounding from looking like an effect
 _REACH = 0.75  # a baseline is drawn if it is nearer to the curves than this share of their span
 
 
@@ -79,6 +80,9 @@ def _draw_levels(axes: Axes, unit: str, edges: tuple[int, ...], levels: Mapping[
             axes.plot(at_P, value_P, label=name, linewidth=1.0, **_STYLES[name])
         else:
             far.append(f"{name} {levels[name].value_P[-1]:.2f}")
+    low, high = axes.get_ylim()
+    missing = max(0.0, _LEAST_SPAN - (high - low))
+    axes.set_ylim(low - missing / 2, high + missing / 2)
     axes.set_title("Held-out loss" + (f"   (off the scale: {', '.join(far)})" if far else ""), fontsize=10, loc="left")
     _finish(axes, unit, edges)
 
@@ -86,14 +90,16 @@ def _draw_levels(axes: Axes, unit: str, edges: tuple[int, ...], levels: Mapping[
 def _draw_differences(axes: Axes, unit: str, edges: tuple[int, ...], differences: Mapping[str, Estimate]) -> None:
     at_P = np.arange(len(edges)) + 0.5
     axes.axhline(0.0, color="black", linewidth=0.8)
-    for name, estimate in differences.items():
-        axes.fill_between(
-            at_P, estimate.low_P[:-1], estimate.high_P[:-1], color=_STYLES[name]["color"], alpha=0.18, linewidth=0
-        )
+    for place, (name, estimate) in enumerate(differences.items()):
+        color, low_P, high_P = _STYLES[name]["color"], estimate.low_P[:-1], estimate.high_P[:-1]
+        if len(edges) > 1:
+            axes.fill_between(at_P, low_P, high_P, color=color, alpha=0.18, linewidth=0)
+        else:  # a band needs two points; bars stand side by side
+            at_P = np.array([(place + 1) / (len(differences) + 1)])
+            axes.vlines(at_P, low_P, high_P, color=color, alpha=0.4, linewidth=4)
         axes.plot(at_P, estimate.value_P[:-1], label=name, markersize=4, **_STYLES[name])
     low, high = axes.get_ylim()
-    least = 0.005  # bits; keeps rounding from looking like an effect
-    axes.set_ylim(min(low, -least), max(high, least))
+    axes.set_ylim(min(low, -_LEAST_SPAN / 2), max(high, _LEAST_SPAN / 2))
     axes.set_title(f"Paired differences, {INTERVAL:.0%} interval over documents", fontsize=10, loc="left")
     _finish(axes, f"{unit}  (below 0: the first is better)", edges)
 

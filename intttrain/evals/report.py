@@ -94,8 +94,8 @@ class PositionReport:
         """Returns the result as text for a terminal, ending in a newline."""
         lines = [
             f"{self.name}: held-out loss by position in the document, {self.unit}, lower is better",
-            f"{self.num_documents} documents, {int(self.tokens_Q[-1])} predicted tokens; [ ]: {INTERVAL:.0%} over documents "
-            f"({self.bootstrap_samples} resamples), not over training seeds",
+            f"{self.num_documents} documents, {int(self.tokens_Q[-1])} predicted tokens; [ ]: {INTERVAL:.0%} interval "
+            f"over documents ({self.bootstrap_samples} resamples), not over training seeds",
             "",
             *self._level_lines(),
         ]

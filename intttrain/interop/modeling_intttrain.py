@@ -86,7 +86,7 @@ class FastWeightState:
 
     Attributes:
       s_BDF: float32; ``None`` until the first chunk of any row is committed.
-      z_BCF, x_BCD: the open chunk, zero from ``fill_B`` on.
+      z_BCF, x_BCD: the open chunk; from ``fill_B`` on without meaning, overwritten before it is committed.
       fill_B: real tokens in the open chunk.
       columns: batch columns seen so far, padding included; equals the cache's length.
     """
@@ -111,8 +111,11 @@ class InPlaceTTTCache(DynamicCache):
     @staticmethod
     def adopt(cache: Any) -> None:
         """Turns an empty ``DynamicCache`` made by ``generate`` or by a caller into this class, in place."""
+        past = cache.get_seq_length()
+        if past and not getattr(cache, "fast_weights", None):
+            raise ValueError("the cache was filled without fast weights; start from an empty one")
         if isinstance(cache, InPlaceTTTCache):
-            if (past := cache.get_seq_length()) == 0:
+            if past == 0:
                 cache.fast_weights = {}
             for layer, state in cache.fast_weights.items():
                 if state.columns != past:
@@ -126,8 +129,6 @@ class InPlaceTTTCache(DynamicCache):
                 f"{type(cache).__name__} is not supported: fast weights need a DynamicCache "
                 "(leave cache_implementation unset)"
             )
-        if cache.get_seq_length() != 0:
-            raise ValueError("the cache was filled without fast weights; start from an empty one")
         cache.__class__ = InPlaceTTTCache
         cache.fast_weights = {}
 
@@ -245,8 +246,6 @@ class InPlaceTTTMLP(nn.Module):
         s_BDF = state.s_BDF
         if full_B.any():
             s_BDF = self._commit(s_BDF, z_BCF, x_BCD, full_B)
-            kept_B11 = ~full_B[:, None, None]
-            z_BCF, x_BCD = z_BCF * kept_B11, x_BCD * kept_B11
             fill_B = fill_B.masked_fill(full_B, 0)
         return update_B1D, scale_B1D, FastWeightState(s_BDF, z_BCF, x_BCD, fill_B, state.columns + 1)
 

@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from intttrain import ttt
@@ -72,11 +71,11 @@ def decode_step(
     config = decoder.config
     x0_B1D = decoder.embed(token_B[:, None], decoder.dtype)
     rope = rope_tables(config.rope, config.head_dim, state.length_B[:, None])
-    layer_graph, layer_params, ttt_graph, ttt_params = decoder.split_layers()
+    merge_layer, layer_params, merge_ttt, ttt_params = decoder.split_layers()
 
     def block(x_B1D: jax.Array, layer_inputs: Any, ttt_inputs: Any | None) -> tuple[jax.Array, Any, Any]:
         params, k_BSKH, v_BSKH = layer_inputs
-        layer = nnx.merge(layer_graph, params)
+        layer = merge_layer(params)
         q, k, v = layer.attention.project(layer.attention_norm(x_B1D), rope)
         k_BSKH, v_BSKH, mask_B1S = _remember(k_BSKH, v_BSKH, k, v, state.length_B, active_B)
         x_B1D = x_B1D + layer.attention.output(dense_attention(q, k_BSKH, v_BSKH, mask_B1S))
@@ -85,7 +84,7 @@ def decode_step(
         if ttt_inputs is None or config.ttt is None:
             o_B1D = ttt.project(z_B1F, layer.mlp.down[...]).astype(x_B1D.dtype)
             return x_B1D + o_B1D, (k_BSKH, v_BSKH), None
-        fast = nnx.merge(ttt_graph, ttt_inputs[0])
+        fast = merge_ttt(ttt_inputs[0])
         source_B1D = x0_B1D if config.ttt.target == "input_embed" else h_B1D
         o_BD, cache = ttt.decode_projection(
             z_B1F[:, 0], source_B1D[:, 0], layer.mlp.down[...], fast.target[...], fast.conv_or_none(),

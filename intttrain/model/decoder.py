@@ -6,6 +6,8 @@ Letters: B row, T tokens, D model width, F feed-forward width, V vocabulary, L l
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -104,24 +106,25 @@ class Decoder(nnx.Module):
         if eta is None:
             eta = config.ttt.eta if config.ttt is not None else 0.0
         eta = jnp.asarray(eta, jnp.float32)
-        layer_graph, layer_params, ttt_graph, ttt_params = self.split_layers()
+        merge_layer, layer_params, merge_ttt, ttt_params = self.split_layers()
         context = (x_BTD, rope, segment_ids_BT, eta)
 
         def block(x_BTD: jax.Array, layer_params: Any, ttt_params: Any | None) -> tuple[jax.Array, None, Any]:
-            layer = nnx.merge(layer_graph, layer_params)
-            ttt_layer = None if ttt_params is None else nnx.merge(ttt_graph, ttt_params)
-            return _apply_layer(config, layer, ttt_layer, x_BTD, context)
+            ttt_layer = None if ttt_params is None else merge_ttt(ttt_params)
+            return _apply_layer(config, merge_layer(layer_params), ttt_layer, x_BTD, context)
 
         stages = plan_stages(config.num_layers, config.ttt.layers if config.ttt else ())
         x_BTD, _, stats = scan_layers(stages, _remat(block, config.remat), x_BTD, layer_params, ttt_params)
         return DecoderOutput(self.final_norm(x_BTD), stats)
 
-    def split_layers(self) -> tuple[nnx.GraphDef, Any, nnx.GraphDef | None, Any]:
-        """Returns structure and stacked parameters of the layers and of the TTT layers (``None`` without TTT)."""
+    def split_layers(self) -> tuple[Callable[[Any], DecoderLayer], Any, Callable[[Any], TTTParams], Any]:
+        """Returns, for the layers and for the TTT layers, what makes one layer of its parameters, and all of them.
+
+        Without TTT the last is ``None``.
+        """
         layer_graph, layer_params = nnx.split(self.layers)
-        if self.config.ttt is None:
-            return layer_graph, layer_params, None, None
-        return layer_graph, layer_params, *nnx.split(self.ttt)
+        ttt_graph, ttt_params = (None, None) if self.config.ttt is None else nnx.split(self.ttt)
+        return functools.partial(nnx.merge, layer_graph), layer_params, functools.partial(nnx.merge, ttt_graph), ttt_params
 
 
 def delta_transform(config: TTTConfig) -> ttt.DeltaTransform:

@@ -7,8 +7,8 @@
         info/           JSON: CheckpointInfo, and for each array its shape, dtype and checksum
 
 Orbax itself notices a missing or shortened file but not changed bytes, which it would hand over as parameters. So
-every array is summed up on the device when it is saved and again when it is restored (one pass over memory, no copy),
-and the JSON carries its own digest.
+every array is summed up on the device when it is saved and again when it is restored, and
+the JSON carries its own digest.
 """
 
 from __future__ import annotations
@@ -31,13 +31,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
 from intttrain.core.config import CheckpointConfig
 from intttrain.core.errors import UserError
+from intttrain.train.checksum import array_checksums
 
 PyTree = Any
 FORMAT = 1  # raised when an older program could misread what this one writes
@@ -134,6 +133,9 @@ class Checkpoints:
             create=True,
             cleanup_tmp_directories=True,
             save_root_metadata=False,
+            # Made in the background, a folder that cannot be made leaves threads waiting for it for many minutes,
+            # which keep the process from ending.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=True),
         )
         return ocp.CheckpointManager(self._directory, options=options)
 
@@ -223,8 +225,9 @@ class Checkpoints:
             yield
         except Exception as error:
             self._own.discard(step)
-            if self._manager is not None:
-                self._manager.reload()  # it has already counted the step that failed
+            with contextlib.suppress(OSError):  # what broke the save may break this too
+                if self._manager is not None:
+                    self._manager.reload()  # it has already counted the step that failed
             last = self.latest_step()
             kept = "no step is on disk yet" if last is None else f"step {last} is complete and can be restored"
             raise UserError(
@@ -237,7 +240,7 @@ class Checkpoints:
         return max(self._steps(), default=None)
 
     def _steps(self) -> list[int]:
-        return sorted(ocp.utils.checkpoint_steps(self._directory)) if self._directory.exists() else []
+        return sorted(ocp.utils.checkpoint_steps(self._directory)) if self._directory.is_dir() else []
 
     def restore_latest(self, abstract_state: Mapping[str, PyTree]) -> tuple[dict[str, PyTree], CheckpointInfo]:
         """Restores the newest step; see ``restore``. A damaged one is an error, never silently passed over."""
@@ -314,7 +317,7 @@ class Checkpoints:
         except Exception as error:
             raise self._damaged(step, _reason(error)) from error
         arrays = _named_leaves({"params": restored.params}) | (dict(restored.training) if training else {})
-        for name, checksum in _checksums(arrays).items():
+        for name, checksum in array_checksums(arrays).items():
             if checksum != table[name]["checksum"]:
                 raise self._damaged(step, f"{name} does not have the values that were saved")
         return jax.tree.unflatten(jax.tree.structure(dict(abstract_state)), [arrays[name] for name in wanted])
@@ -435,46 +438,11 @@ def _first_difference(wanted: Mapping[str, Any], table: Mapping[str, Mapping[str
 
 
 def _describe(arrays: Mapping[str, jax.Array]) -> dict[str, dict[str, Any]]:
-    checksums = _checksums(arrays)
+    checksums = array_checksums(arrays)
     return {
         name: {"shape": list(array.shape), "dtype": str(array.dtype), "checksum": checksums[name]}
         for name, array in arrays.items()
     }
-
-
-def _checksums(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
-    """Returns a 32-bit checksum of each array's bits, independent of how it is sharded."""
-    groups: dict[frozenset[jax.Device], list[str]] = {}
-    for name, array in arrays.items():  # one program cannot span arrays that live on different devices
-        groups.setdefault(frozenset(array.sharding.device_set), []).append(name)
-    checksums: dict[str, int] = {}
-    for names in groups.values():
-        sums = jax.device_get(_sum_bits([arrays[name] for name in names]))
-        checksums |= {name: int(value) for name, value in zip(names, sums, strict=True)}
-    return checksums
-
-
-@jax.jit
-def _sum_bits(arrays: list[jax.Array]) -> list[jax.Array]:
-    return [_sum_bits_of(array) for array in arrays]
-
-
-def _sum_bits_of(array: jax.Array) -> jax.Array:
-    """Returns sum_i (2 i + 1) * word_i modulo 2^32 over the flat index i, uint32 scalar.
-
-    Integer sums do not depend on their order, so every sharding gives the same value. The weights are odd, so any
-    change of a single word shows, and they differ, so exchanged words show too.
-    """
-    if array.dtype == np.bool_:
-        array = array.astype(np.uint8)
-    unsigned = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint32}[array.dtype.itemsize]
-    words = jax.lax.bitcast_convert_type(array, unsigned).astype(np.uint32)
-    index = jnp.zeros(words.shape, np.uint32)
-    stride = 1
-    for dim in reversed(range(words.ndim)):
-        index += jax.lax.broadcasted_iota(np.uint32, words.shape, dim) * np.uint32(stride % 2**32)
-        stride *= words.shape[dim]
-    return jnp.sum(words * (index * np.uint32(2) + np.uint32(1)), dtype=np.uint32)
 
 
 # --- keeping errors readable -------------------------------------------------------------------------------------

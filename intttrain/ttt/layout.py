@@ -9,6 +9,7 @@ Letters: B row, T tokens, C tokens per chunk, M chunks, D model width, F feed-fo
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +32,7 @@ class FastWeightState:
     document_B: Int[Array, "B"]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class ChunkLayout:
+class ChunkLayout(NamedTuple):
     """The masks of ``docs/method.md`` as fp32 zeros and ones.
 
     Attributes:

@@ -39,7 +39,7 @@ def project_reference(
             written_T = (chunk_of_T == c) & (row.segment_ids_T == document) & (row.segment_ids_T > 0)
             update_DF = jnp.zeros_like(s_DF)
             for t in range(c * chunk_tokens, (c + 1) * chunk_tokens):
-                outer_DF = jnp.outer(row.v_TD[t], row.z_TF[t]).astype(jnp.float32)
+                outer_DF = jnp.outer(row.v_TD[t].astype(jnp.float32), row.z_TF[t].astype(jnp.float32))
                 update_DF += jnp.where(written_T[t], eta * outer_DF, jnp.zeros_like(outer_DF))
             update_DF = row.gates_M[c] * bound_delta(update_DF[None], transform)[0]
             s_DF = s_DF + jnp.where(c < chunk, update_DF, jnp.zeros_like(update_DF))

@@ -119,6 +119,7 @@ def test_the_seed_decides_the_order_and_nothing_else_does(make_store):
 def test_documents_of_a_row(make_store):
     store = make_store([4, 4, 4, 4])
     packed = PackedRows(store, 8, 4, 0)
+    assert packed.documents(0).tolist() == permutation(4, 0)[:2].tolist()
     assert packed.documents(1).tolist() == permutation(4, 0)[2:].tolist()
 
 

@@ -206,6 +206,13 @@ def test_existing_output_is_kept(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"a", "file"}
 
 
+def test_an_occupied_target_is_noticed_before_the_work(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "theirs").touch()
+    with pytest.raises(UserError, match="already holds"), publish_directory(tmp_path / "a"):
+        pytest.fail("the work was done first")
+
+
 def test_an_empty_directory_may_be_the_target(tmp_path):
     (tmp_path / "a").mkdir()
     assert len(write(tmp_path / "a", [[1]])) == 1

@@ -24,8 +24,15 @@ import seqio
 import tensorflow as tf
 
 TEXTS = {texts!r}
-VOCABULARY = seqio.ByteVocabulary()
-FEATURE = seqio.Feature(VOCABULARY, add_eos=True, required=False)
+
+
+class MarkedVocabulary(seqio.ByteVocabulary):
+    # Shows in the text that it decoded it, and whether the end id came along.
+    def _decode(self, ids):
+        return super()._decode(ids) + ("|with end" if self.eos_id in ids else "|decoded")
+
+
+FEATURE = seqio.Feature(MarkedVocabulary(), add_eos=True, required=False)
 
 
 def from_texts(split, shuffle_files, texts=TEXTS):
@@ -92,13 +99,15 @@ def test_an_output_feature_is_read_before_it_was_tokenised(registered):
 
 
 def test_token_ids_are_decoded_whole(registered):
-    assert [text for _, text in read(seqio_source("it_ids_only", text_feature="targets"))] == TEXTS
+    assert [text for _, text in read(seqio_source("it_ids_only", text_feature="targets"))] == [
+        text + "|decoded" for text in TEXTS
+    ]
 
 
 def test_tokenised_sources(registered):
     # ByteVocabulary: id 3 is byte 0, id 1 ends the sequence.
     texts = [text for _, text in read(seqio_source("it_numbers", text_feature="targets"))]
-    assert texts == ["\x02\x03", "\x04\x05"]
+    assert texts == ["\x02\x03|decoded", "\x04\x05|decoded"]
 
 
 def test_a_source_of_bare_strings(registered):
@@ -163,7 +172,8 @@ def tfds_dir(tmp_path_factory):
                 yield i, {"text": text, "meta": {"title": f"title {i}"}, "n": i}
 
     builder = TinyTexts(data_dir=str(root))
-    builder.download_and_prepare(file_format="tfrecord")
+    config = tfds.download.DownloadConfig(num_shards=4)  # several files, so that a shuffled reading would show
+    builder.download_and_prepare(file_format="tfrecord", download_config=config)
     return root
 
 
@@ -175,7 +185,7 @@ def tfds_source(data_dir, **changes):
 def test_tfds_texts(tfds_dir, below):
     pairs = list(read_tfds(tfds_source(tfds_dir / below)))
     assert sorted(text for _, text in pairs) == sorted(TEXTS)
-    assert pairs == list(read_tfds(tfds_source(tfds_dir / below)))
+    assert all(pairs == list(read_tfds(tfds_source(tfds_dir / below))) for _ in range(3))
     assert pairs[0][0] == "tiny_texts/1.0.0/train/000000000"
 
 

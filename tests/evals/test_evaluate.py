@@ -48,7 +48,7 @@ def test_conditions_are_what_they_are_called(stores):
     params = make_params()
     report, _ = run(stores, make_config(), params, dense=(DENSE, make_params(dense=True)), train=False)
     assert list(report.levels) == ["on", "off", "dense"]
-    assert abs(report.differences["on - off"].value_P[-1]) > 1e-3
+    assert np.abs(report.differences["on - off"].value_P).max() > 1e-4
     assert report.state_norm_Q[-1] > 0.1
     # The dense weights are the same, so switching the update off leaves exactly the dense model.
     np.testing.assert_allclose(report.differences["off - dense"].value_P, 0.0, atol=1e-6)

@@ -15,17 +15,16 @@ from intttrain.interop.names import leaf_shapes, nest_params
 CHUNK = 4
 VOCAB = 50
 TTT = TTTConfig(layers=(0, 2), chunk_tokens=CHUNK, eta=0.2)
-LLAMA3 = Llama3Scaling(
-    kind="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=16
-)  # fmt: skip
+LLAMA3 = Llama3Scaling(kind="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=16)
 YARN = YarnScaling(kind="yarn", factor=4.0, original_max_position=16, beta_fast=4.0)
 
 
 def make_model(family: str = "qwen3", ttt: TTTConfig | None = TTT, scaling: Any = None, **changes: Any) -> ModelConfig:
-    """Every size differs from every other, so that no transposition goes unnoticed (Llama wants N H = D apart)."""
+    """Every size differs from every other (N H and K H from D too), so that no transposition goes unnoticed."""
     model = ModelConfig(
         family=family, vocab_size=VOCAB, d_model=20, d_ff=28, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=6,
-        rope=RopeConfig(theta=100.0, scaling=scaling), ttt=ttt, compute_dtype="float32", attention="dense", remat="none",
+        rope=RopeConfig(theta=100.0, scaling=scaling), ttt=ttt,
+        compute_dtype="float32", attention="dense", remat="none",
     )  # fmt: skip
     return dataclasses.replace(model, **changes)
 

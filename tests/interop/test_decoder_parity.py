@@ -43,7 +43,7 @@ def pair(request, tmp_path):
     params = make_params(model)
     export(model, tmp_path / "out", params)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
-    return make_decoder(model, params), params, loaded.eval()
+    return make_decoder(model, params), loaded.eval()
 
 
 def make_decoder(model, params):
@@ -63,7 +63,7 @@ def logits_of(decoder, tokens_BT):
 
 
 def test_logits(pair):
-    decoder, _, loaded = pair
+    decoder, loaded = pair
     tokens = random_tokens(2, LENGTH)
     with torch.no_grad():
         theirs = loaded(torch.as_tensor(tokens)).logits.numpy()
@@ -71,7 +71,7 @@ def test_logits(pair):
 
 
 def test_gradient_of_the_loss(pair):
-    decoder, params, loaded = pair
+    decoder, loaded = pair
     tokens = random_tokens(2, LENGTH)
 
     def loss_of(decoder):

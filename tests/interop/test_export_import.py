@@ -65,7 +65,10 @@ def test_shards(tmp_path, monkeypatch):
     monkeypatch.setattr(
         export_module,
         "save_file",
-        lambda arrays, path, metadata: (alive.append(sum(a.nbytes for a in arrays.values())), save_file(arrays, path, metadata)),
+        lambda arrays, path, metadata: (
+            alive.append(sum(a.nbytes for a in arrays.values())),
+            save_file(arrays, path, metadata),
+        ),
     )
     limit = 6000
     result = export(model, tmp_path / "out", params, max_shard_bytes=limit)
@@ -116,7 +119,9 @@ def test_export_compares_parameters_with_the_config(tmp_path):
         export(make_model(ttt=None), tmp_path / "out", params)
     with pytest.raises(UserError, match=r"parameter head.weight \(50, 20\) is missing"):
         export(make_model(tie_embeddings=False), tmp_path / "out", params)
-    with pytest.raises(UserError, match=r"layers.mlp.gate has shape \(3, 20, 28\), the model config says \(3, 20, 32\)"):
+    with pytest.raises(
+        UserError, match=r"layers.mlp.gate has shape \(3, 20, 28\), the model config says \(3, 20, 32\)"
+    ):
         export(make_model(d_ff=32), tmp_path / "out", params)
 
 
@@ -182,7 +187,9 @@ def test_tied_embeddings(folder):
 def test_incomplete_folders(folder):
     (folder / "model.safetensors").unlink()
     refused(folder, "neither model.safetensors nor model.safetensors.index.json")
-    (folder / export_module.INDEX_FILE).write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
+    (folder / export_module.INDEX_FILE).write_text(
+        json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}})
+    )
     refused(folder, "model-00001-of-00002.safetensors, which does not exist")
     (folder / "config.json").write_text("{")
     refused(folder, "config.json is not valid JSON")

@@ -117,9 +117,11 @@ def test_the_update_changes_what_is_generated(qwen3):
 
 
 def test_beam_search_carries_the_state_along(qwen3):
+    with torch.no_grad():
+        qwen3.model.norm.weight.mul_(0.1)  # an undecided model, so that beams overtake each other
     tokens = torch.as_tensor(random_tokens(2, CHUNK + 1))
     out = qwen3.generate(
-        tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=2 * CHUNK, num_beams=3, do_sample=False,
+        tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=4 * CHUNK, num_beams=4, do_sample=False,
         pad_token_id=0, return_dict_in_generate=True, output_scores=True, length_penalty=0.0,
     )  # fmt: skip
     for row, score in zip(out.sequences, out.sequences_scores, strict=True):

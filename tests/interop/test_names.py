@@ -71,10 +71,10 @@ def test_orientation_of_every_matrix():
         return np.argwhere(tensor.export(leaf)).tolist()
 
     layer = "model.layers.2"  # the second TTT layer: our index 1 there, 2 elsewhere
-    assert land(f"{layer}.self_attn.q_proj.weight", 2, 7, 3, 5) == [[3 * 6 + 5, 7]]  # D 7, N 3, H 5
-    assert land(f"{layer}.self_attn.k_proj.weight", 2, 7, 1, 5) == [[1 * 6 + 5, 7]]
+    assert land(f"{layer}.self_attn.q_proj.weight", 2, 7, 2, 5) == [[2 * 6 + 5, 7]]  # D 7, N 2, H 5
+    assert land(f"{layer}.self_attn.k_proj.weight", 2, 7, 1, 4) == [[1 * 6 + 4, 7]]
     assert land(f"{layer}.self_attn.v_proj.weight", 2, 7, 1, 4) == [[1 * 6 + 4, 7]]
-    assert land(f"{layer}.self_attn.o_proj.weight", 2, 3, 5, 7) == [[7, 3 * 6 + 5]]  # N 3, H 5, D 7
+    assert land(f"{layer}.self_attn.o_proj.weight", 2, 2, 5, 7) == [[7, 2 * 6 + 5]]  # N 2, H 5, D 7
     assert land(f"{layer}.mlp.gate_proj.weight", 2, 7, 21) == [[21, 7]]
     assert land(f"{layer}.mlp.up_proj.weight", 2, 7, 21) == [[21, 7]]
     assert land(f"{layer}.mlp.down_proj.weight", 2, 7, 21) == [[7, 21]]  # W0 is D x F on both sides

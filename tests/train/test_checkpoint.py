@@ -412,8 +412,8 @@ FULL_DISK = """
         save(checkpoints, 1)
         checkpoints.wait()
         limit(50_000)
-        for surface in (checkpoints.wait, lambda: save(checkpoints, 3), checkpoints.close):
-            save(checkpoints, 2)
+        for step, surface in ((2, checkpoints.wait), (3, lambda: save(checkpoints, 9)), (4, checkpoints.close)):
+            save(checkpoints, step)
             try:
                 surface()
             except UserError as error:
@@ -434,11 +434,43 @@ def test_a_full_disk_surfaces_and_the_previous_step_stays(tmp_path):
     assert result.returncode == 0, result.stderr
     *messages, last = result.stdout.splitlines()
     assert len(messages) == 3 and last == "recovered 2"
-    for message in messages:
-        assert f"checkpoint step 2 could not be written to {tmp_path / 'checkpoints'}: " in message
+    for step, message in zip((2, 3, 4), messages, strict=True):
+        assert f"checkpoint step {step} could not be written to {tmp_path / 'checkpoints'}: " in message
         assert "File too large" in message and "step 1 is complete and can be restored" in message
     assert result.stderr == ""
     assert folders(tmp_path / "checkpoints") == ["2"]
+
+
+GONE = """
+    import pathlib, shutil, sys
+    import jax.numpy as jnp
+    from intttrain.core.config import CheckpointConfig
+    from intttrain.core.errors import UserError
+    from intttrain.train.checkpoint import CheckpointInfo, Checkpoints
+
+    directory = pathlib.Path(sys.argv[1])
+
+    def save(step):
+        checkpoints.save(step, {"params": {"w": jnp.ones(9)}}, CheckpointInfo(step, 0, {}, "f", {}))
+        checkpoints.wait()
+
+    checkpoints = Checkpoints(directory, CheckpointConfig(every_steps=1))
+    save(1)
+    shutil.rmtree(directory)
+    directory.write_text("no folder can be made below a file")
+    try:
+        save(2)
+    except UserError as error:
+        print(error)
+    checkpoints.close()
+"""
+
+
+def test_a_process_whose_folder_cannot_be_made_says_so_and_ends(tmp_path):
+    result = run_python(GONE, tmp_path / "checkpoints")  # a background thread that waits for the folder would hang here
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    assert "step 2 could not be written" in result.stdout and "Not a directory" in result.stdout
+    assert "no step is on disk yet" in result.stdout
 
 
 KILLED = """

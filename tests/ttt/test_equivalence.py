@@ -85,10 +85,9 @@ def test_check_grads_of_z_and_v():
     gates = jax.random.uniform(keys[4], (2, 4))
 
     def run(z, v, w, gates, eta, s_in):
-        state = ttt.FastWeightState(s_in, jnp.ones((2,), jnp.int32))
-        output = ttt.fast_weight_projection(
-            z, v, w, segments_BT, chunk_tokens=2, eta=eta, gates_BM=gates, state=state
-        )
+        state = ttt.FastWeightState(jnp.asarray(s_in), jnp.ones((2,), jnp.int32))
+        z, v, w, gates, eta = (jnp.asarray(x) for x in (z, v, w, gates, eta))  # numpy where it differences
+        output = ttt.fast_weight_projection(z, v, w, segments_BT, chunk_tokens=2, eta=eta, gates_BM=gates, state=state)
         return output.o_BTD, output.state.s_BDF
 
     check_grads(run, (z, v, w, gates, jnp.asarray(0.5), s_in), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
@@ -114,17 +113,17 @@ def test_bf16_inputs_stay_close_and_the_state_stays_fp32(name, implementation):
         assert_close(gradient, wanted[leaf], 4e-2, leaf)  # a product of two rounded factors, rounded again
 
 
-def test_bf16_inputs_do_not_round_the_running_sum():
-    """64 equal updates of 1/256 on top of 1: in bf16 every one of them would be lost."""
-    seq_len = 65
-    z = jnp.ones((1, seq_len, 1), jnp.bfloat16)
-    v = jnp.concatenate([jnp.ones((1, 1, 1)), jnp.full((1, seq_len - 1, 1), 1 / 256)], axis=1).astype(jnp.bfloat16)
-    for implementation in ("chunked", "reference"):
-        output = ttt.fast_weight_projection(
-            z, v, jnp.zeros((1, 1)), jnp.ones((1, seq_len), jnp.int32), chunk_tokens=1, eta=jnp.asarray(1.0),
-            implementation=implementation,
-        )  # fmt: skip
-        assert float(output.state.s_BDF[0, 0, 0]) == 1.25
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+def test_bf16_inputs_round_neither_the_products_nor_the_running_sum(implementation):
+    """(1 + 2^-7)^2 has 15 bits, and 12 updates of 2^-8 on top of a number above 1 are each lost in bf16."""
+    first, later = 1 + 2**-7, 2**-8
+    z = jnp.asarray([[[first]] + [[1.0]] * 12], jnp.bfloat16)
+    v = jnp.asarray([[[first]] + [[later]] * 12], jnp.bfloat16)
+    output = ttt.fast_weight_projection(
+        z, v, jnp.zeros((1, 1)), jnp.ones((1, 13), jnp.int32), chunk_tokens=1, eta=jnp.asarray(1.0),
+        implementation=implementation,
+    )  # fmt: skip
+    assert float(output.state.s_BDF[0, 0, 0]) == first**2 + 12 * later
 
 
 @pytest.mark.parametrize("transform", ["one_document", "row_norm", "spectral"])

@@ -1,0 +1,272 @@
+"""The pages keep up with the code: fields, links, names and command lines in them exist.
+
+``path.py::name`` in backticks is the way a page names code; the path is relative to ``intttrain/`` or the repository.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import fnmatch
+import functools
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import pytest
+from absl import flags
+
+from intttrain.app.cli import COMMANDS
+from intttrain.core import config as config_module
+from intttrain.core.config import Config, default_config, resolve
+from intttrain.train.checkpoint import FREE_TO_CHANGE
+
+REPO = Path(__file__).resolve().parents[1]
+DOCS = REPO / "docs"
+PAGES = sorted(DOCS.rglob("*.md")) + [page for page in (REPO / "README.md", REPO / "CONTRIBUTING.md") if page.exists()]
+MAX_PAGE_LINES = 200
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPO)))
+
+
+# --- configuration -------------------------------------------------------------------------------------------------
+
+REQUIRED = "required"
+# Sections that the default configuration does not hold; each has a table of its own under its class name.
+ALTERNATIVES = ("Llama3Scaling", "YarnScaling", "SeqioSource", "TfdsSource", "MixtureItem")
+
+
+@dataclasses.dataclass(frozen=True)
+class FieldRow:
+    default: str
+    choices: tuple[str, ...]
+
+
+def shown(value: Any) -> str:
+    """How a default is written in a table."""
+    if isinstance(value, str):
+        return f'"{value}"'
+    if isinstance(value, tuple):
+        return f"({', '.join(map(shown, value))}{',' if len(value) == 1 else ''})"
+    return repr(value)
+
+
+def choices_of(cls: type, name: str) -> tuple[str, ...]:
+    hint = get_type_hints(cls)[name]
+    return tuple(map(shown, get_args(hint))) if get_origin(hint) is Literal else ()
+
+
+def rows_of_default(section: Any, prefix: str = "") -> Iterator[tuple[str, FieldRow]]:
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from rows_of_default(value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, FieldRow(shown(value), choices_of(type(section), field.name))
+
+
+def rows_of_class(cls: type) -> dict[str, FieldRow]:
+    rows = {}
+    for field in dataclasses.fields(cls):
+        default = REQUIRED if field.default is dataclasses.MISSING else shown(field.default)
+        rows[field.name] = FieldRow(default, choices_of(cls, field.name))
+    return rows
+
+
+def tables_of(text: str) -> dict[str, dict[str, list[str]]]:
+    """Returns {nearest heading: {first cell: the other cells}} of the rows whose first cell is code."""
+    tables: dict[str, dict[str, list[str]]] = {}
+    heading = ""
+    for line in text.splitlines():
+        if line.startswith("#"):
+            heading = line.lstrip("# ")
+        elif line.startswith("| `"):
+            first, *rest = (cell.strip() for cell in line.strip()[1:-1].split("|"))
+            tables.setdefault(heading, {})[first.strip("`")] = rest
+    return tables
+
+
+def check_rows(documented: dict[str, list[str]], wanted: dict[str, FieldRow]) -> None:
+    missing, gone = sorted(wanted.keys() - documented.keys()), sorted(documented.keys() - wanted.keys())
+    assert not missing, f"docs/config.md does not name {missing}"
+    assert not gone, f"docs/config.md names {gone}, which core/config.py does not have"
+    for name, row in wanted.items():
+        default, *rest = documented[name]
+        assert default.strip("`") == row.default, f"{name}: docs/config.md says {default}, the default is {row.default}"
+        absent = [choice for choice in row.choices if choice not in " ".join(rest)]
+        assert not absent, f"{name}: docs/config.md does not name the choices {absent}"
+
+
+def test_every_field_is_documented_with_its_default():
+    tables = tables_of((DOCS / "config.md").read_text())
+    documented: dict[str, list[str]] = {}
+    for heading, rows in tables.items():
+        if not any(name in heading for name in ALTERNATIVES):
+            documented |= rows
+    default = resolve(default_config())
+    assert default.model.ttt is not None
+    check_rows(documented, dict(rows_of_default(default)))
+
+
+def test_the_resume_column_is_the_rule():
+    documented = {name: cells for rows in tables_of((DOCS / "config.md").read_text()).values() for name, cells in rows.items()}
+    for name, _ in rows_of_default(resolve(default_config())):
+        free = any(fnmatch.fnmatchcase(name, pattern) for pattern in FREE_TO_CHANGE)
+        assert (documented[name][-1] == "free") is free, f"{name}: free to change on resume is {free}"
+
+
+@pytest.mark.parametrize("name", ALTERNATIVES)
+def test_sections_outside_the_default_are_documented(name):
+    headings = [rows for heading, rows in tables_of((DOCS / "config.md").read_text()).items() if f"`{name}`" in heading]
+    assert len(headings) == 1, f"docs/config.md needs one heading with `{name}`"
+    check_rows(headings[0], rows_of_class(getattr(config_module, name)))
+
+
+def test_no_section_is_forgotten():
+    classes = {name for name, value in vars(config_module).items() if dataclasses.is_dataclass(value)}
+    in_default = {type(section).__name__ for section in sections(resolve(default_config()))}
+    assert classes == in_default | set(ALTERNATIVES)
+
+
+def sections(section: Any) -> Iterator[Any]:
+    yield section
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from sections(value)
+
+
+# --- links and names -----------------------------------------------------------------------------------------------
+
+
+def without_fences(text: str) -> str:
+    return re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub makes of the headings."""
+    headings = re.findall(r"^#+ (.+)$", without_fences(page.read_text()), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@every_page
+def test_relative_links_resolve(page):
+    for target, anchor in re.findall(r"\]\(([^)#:\s]*)(?:#([^)\s]*))?\)", without_fences(page.read_text())):
+        file = (page.parent / target) if target else page
+        assert file.exists(), f"{page.name} -> {target}"
+        if anchor and file.suffix == ".md":
+            assert anchor in anchors(file), f"{page.name} -> {target}#{anchor}; it has {sorted(anchors(file))}"
+
+
+@functools.cache
+def defined_names(path: Path) -> frozenset[str]:
+    """Functions, classes, methods, attributes with annotations and constants of a module; ``Class.member`` dotted."""
+    names: set[str] = set()
+
+    def visit(body: list[ast.stmt], prefix: str) -> None:
+        for node in body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                names.add(prefix + node.name)
+                if isinstance(node, ast.ClassDef):
+                    visit(node.body, f"{prefix}{node.name}.")
+            targets = [node.target] if isinstance(node, ast.AnnAssign) else node.targets if isinstance(node, ast.Assign) else []
+            names.update(prefix + target.id for target in targets if isinstance(target, ast.Name))
+
+    visit(ast.parse(path.read_text()).body, "")
+    return frozenset(names)
+
+
+@every_page
+def test_code_named_in_a_page_exists(page):
+    for path, name in re.findall(r"`([\w/.]+\.py)(?:::([\w.]+))?", page.read_text()):
+        found = [root / path for root in (REPO / "intttrain", REPO) if (root / path).exists()]
+        in_export = path == "modeling_intttrain.py"  # named as the file of an exported folder, too
+        assert found or in_export or path == "configs/mine.py", f"{page.name} names {path}, which does not exist"
+        if name:
+            assert name in defined_names(found[0]), f"{page.name} names {path}::{name}, which does not exist"
+
+
+def test_the_index_names_every_page():
+    index = (DOCS / "README.md").read_text()
+    absent = [page.name for page in DOCS.glob("*.md") if page.name != "README.md" and f"({page.name})" not in index]
+    assert not absent, f"docs/README.md has no link to {absent}"
+
+
+def test_pages_are_short():
+    lines = {page.name: len(page.read_text().splitlines()) for page in DOCS.glob("*.md") if page.name != "log.md"}
+    assert not {name: count for name, count in lines.items() if count > MAX_PAGE_LINES}
+
+
+# --- command lines -------------------------------------------------------------------------------------------------
+
+
+def command_lines(text: str) -> list[str]:
+    """Every ``intttrain ...`` of a page: lines of code blocks and code inside sentences."""
+    joined = re.sub(r"\\\n\s*", "", text)
+    in_blocks = re.findall(r"^\s*(?:\$ )?(intttrain [^\n`]+)$", joined, flags=re.MULTILINE)
+    in_sentences = re.findall(r"`(intttrain [^`\n]+)`", joined)
+    return [re.sub(r"\s{2,}.*", "", line) for line in in_blocks + in_sentences]
+
+
+def config_paths() -> set[str]:
+    """Dotted names that ``--config.`` takes, sections included."""
+    names = {name for name, _ in rows_of_default(resolve(default_config()))}
+    names |= {f"data.train[].{field.name}" for field in dataclasses.fields(config_module.MixtureItem)}
+    return names | {f"prepare.source.{f.name}" for c in ("SeqioSource", "TfdsSource") for f in _fields(c)}
+
+
+def _fields(name: str) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(getattr(config_module, name))
+
+
+def check_command_line(line: str) -> None:
+    _, command, *arguments = shlex.split(line, comments=True)
+    assert command in COMMANDS, f"{line!r}: there is no command {command!r}"
+    values = flags.FlagValues()
+    COMMANDS[command][1](values)
+    known = {*values, "json", "help"}
+    for argument in arguments:
+        if argument in ("...", "&"):
+            continue
+        assert argument.startswith("--"), f"{line!r}: {argument!r} is not a flag"
+        flag = argument.removeprefix("--").split("=")[0]
+        dotted = re.sub(r"\[\d+\]", "[]", flag.removeprefix("config."))
+        if flag.startswith("config."):
+            assert "config" in known and dotted in config_paths(), f"{line!r}: there is no {flag}"
+        else:
+            assert flag in known, f"{line!r}: {command} has no flag --{flag}"
+
+
+COMMAND_LINES = [
+    (path, line)
+    for path in [*PAGES, *sorted((REPO / "configs").glob("*.py"))]
+    for line in command_lines(path.read_text())
+]
+
+
+@pytest.mark.parametrize(("path", "line"), COMMAND_LINES, ids=lambda x: x.name if isinstance(x, Path) else x[:60])
+def test_command_lines_use_what_exists(path, line):
+    check_command_line(line)
+
+
+def test_command_lines_are_found_and_the_check_can_fail():
+    text = "do `intttrain eval --x=1`:\n\n    intttrain train --config=a.py \\\n      --workdir=b\n\nintttrain is a program.\n"
+    assert "intttrain eval --x=1" in command_lines(text)
+    assert "intttrain train --config=a.py --workdir=b" in command_lines(text)
+    check_command_line("intttrain train --config=a.py --workdir=b --config.model.ttt.eta=1 --json=c")
+    for wrong in ("intttrain import --hf=x", "intttrain train --worker=b", "intttrain export --config.name=x",
+                  "intttrain train --config.model.etta=1", "intttrain train now"):  # fmt: skip
+        with pytest.raises(AssertionError):
+            check_command_line(wrong)
+
+
+def test_the_configuration_check_can_fail():
+    wanted = {"a.b": FieldRow("3", ()), "a.c": FieldRow('"x"', ('"x"', '"y"'))}
+    good = {"a.b": ["`3`", "> 0"], "a.c": ['`"x"`', '`"x"`, `"y"`']}
+    check_rows(good, wanted)
+    for broken in ({"a.b": good["a.b"]}, good | {"a.d": ["`1`"]}, good | {"a.b": ["`4`"]}, good | {"a.c": ['`"x"`', "any"]}):
+        with pytest.raises(AssertionError):
+            check_rows(broken, wanted)
+    assert isinstance(resolve(default_config()), Config)
