@@ -37,7 +37,7 @@ def get_config(variant: str = "ttt") -> ml_collections.ConfigDict:
     config.prepare.source.paths = (sysconfig.get_paths()["stdlib"],)
     config.prepare.source.patterns = ("*.py",)
     config.prepare.source.exclude = ("site-packages/*", "dist-packages/*")
-    config.data.train = (dict(path="runs/tiny/data/train", weight=1.0),)
+    config.data.train = ({"path": "runs/tiny/data/train", "weight": 1.0},)
     config.data.heldout = "runs/tiny/data/heldout"
     config.data.seq_len = 2048
 

@@ -19,6 +19,7 @@ from ml_collections import config_flags
 from intttrain.core.errors import UserError, did_you_mean
 
 Command = Callable[[flags.FlagValues], int]
+Define = Callable[[flags.FlagValues], Any]  # adds flags
 
 USAGE = """usage: intttrain COMMAND [--flag=value ...]
 
@@ -127,7 +128,7 @@ def _config_flag(values: flags.FlagValues) -> None:
     flags.mark_flag_as_required("config", flag_values=values)
 
 
-def _string(name: str, help_text: str, *, required: bool = False) -> Callable[[flags.FlagValues], None]:
+def _string(name: str, help_text: str, *, required: bool = False) -> Define:
     def define(values: flags.FlagValues) -> None:
         flags.DEFINE_string(name, None, help_text, flag_values=values)
         if required:
@@ -136,19 +137,19 @@ def _string(name: str, help_text: str, *, required: bool = False) -> Callable[[f
     return define
 
 
-def _integer(name: str, default: int | None, help_text: str) -> Callable[[flags.FlagValues], None]:
+def _integer(name: str, default: int | None, help_text: str) -> Define:
     return lambda values: flags.DEFINE_integer(name, default, help_text, flag_values=values, lower_bound=0)
 
 
-def _float(name: str, default: float, help_text: str) -> Callable[[flags.FlagValues], None]:
+def _float(name: str, default: float, help_text: str) -> Define:
     return lambda values: flags.DEFINE_float(name, default, help_text, flag_values=values, lower_bound=0.0)
 
 
-def _enum(name: str, default: str, choices: list[str], help_text: str) -> Callable[[flags.FlagValues], None]:
+def _enum(name: str, default: str, choices: list[str], help_text: str) -> Define:
     return lambda values: flags.DEFINE_enum(name, default, choices, help_text, flag_values=values)
 
 
-def _all(*definitions: Callable[[flags.FlagValues], Any]) -> Callable[[flags.FlagValues], None]:
+def _all(*definitions: Define) -> Define:
     def define(values: flags.FlagValues) -> None:
         for definition in definitions:
             definition(values)
@@ -171,7 +172,7 @@ _WORKDIR = _string("workdir", "folder of the run", required=True)
 _OUTPUT = _string("output", "folder to create", required=True)
 _STEP = _integer("step", None, "checkpoint step (default: the newest)")
 
-COMMANDS: dict[str, tuple[str, Callable[[flags.FlagValues], None], Command]] = {
+COMMANDS: dict[str, tuple[str, Define, Command]] = {
     "config": ("print the resolved configuration", _config_flag, _command("show_config")),
     "prepare": ("text -> token stores", _all(_config_flag, _OUTPUT), _command("prepare_stores")),
     "train": (
@@ -204,4 +205,3 @@ COMMANDS: dict[str, tuple[str, Callable[[flags.FlagValues], None], Command]] = {
         _command("export_checkpoint"),
     ),
 }  # fmt: skip
-

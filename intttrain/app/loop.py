@@ -9,7 +9,7 @@ import signal
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -112,7 +112,7 @@ def _start(
         return jax.jit(lambda: init_state(config))(), 0
     state, info = checkpoints.restore_latest(abstract_state(config))
     report(f"{config.name}: resumed at step {info.step} of {config.train.num_steps}, {size}; compiling")
-    return TrainState(**state), info.data_cursor
+    return cast(TrainState, state), info.data_cursor
 
 
 def _saved(state: TrainState) -> dict[str, Any]:

@@ -6,6 +6,8 @@
       metrics.jsonl    one line per logged step
       tensorboard/     the same for TensorBoard
       eval/STEP/       results of ``intttrain eval``
+
+``config.json`` claims the folder; ``load_trained`` reads a model back from any of its checkpoints.
 """
 
 from __future__ import annotations
@@ -50,11 +52,10 @@ def make_identity(config: Config) -> Identity:
     tokenizer = make_tokenizer(config.prepare.tokenizer)
     for store in open_stores(config.data, config.model.vocab_size):
         store.check_tokenizer(tokenizer.fingerprint)
-    section = {key: value for key, value in as_dict(config)["prepare"]["tokenizer"].items()}
     return Identity(
         flat_config=flatten(as_dict(config)),
         fingerprint=mixture_fingerprint(config.data),
-        tokenizer=section | {"fingerprint": tokenizer.fingerprint},
+        tokenizer=as_dict(config)["prepare"]["tokenizer"] | {"fingerprint": tokenizer.fingerprint},
     )
 
 

@@ -124,7 +124,12 @@ class Decoder(nnx.Module):
         """
         layer_graph, layer_params = nnx.split(self.layers)
         ttt_graph, ttt_params = (None, None) if self.config.ttt is None else nnx.split(self.ttt)
-        return functools.partial(nnx.merge, layer_graph), layer_params, functools.partial(nnx.merge, ttt_graph), ttt_params
+        return (
+            functools.partial(nnx.merge, layer_graph),
+            layer_params,
+            functools.partial(nnx.merge, ttt_graph),
+            ttt_params,
+        )
 
 
 def delta_transform(config: TTTConfig) -> ttt.DeltaTransform:

@@ -19,7 +19,7 @@ from intttrain.ttt import CONV_TAPS
 def make_param(
     rngs: nnx.Rngs, stack: tuple[int, ...], shape: tuple[int, ...], axes: tuple[str, ...], stddev: float | None
 ) -> nnx.Param:
-    """Returns an fp32 parameter, normal with ``stddev`` (``None``: ones, 0.0: zeros), with its logical axes beside it."""
+    """Returns an fp32 parameter with its logical axes: normal with ``stddev``, zeros for 0.0, ones for ``None``."""
     full = stack + shape
     if stddev is None:
         value = jnp.ones(full, jnp.float32)
@@ -92,7 +92,9 @@ class TTTParams(nnx.Module):
         if self.has_conv:
             self.conv = make_param(rngs, stack, (CONV_TAPS, d), ("taps", "embed"), 0.0)
             diagonal = config.initializer_range * jax.random.normal(rngs.params(), (*stack, d), jnp.float32)
-            self.target[...] = diagonal[..., :, None] * jnp.eye(d, dtype=jnp.float32).reshape((1,) * len(stack) + (d, d))
+            self.target[...] = diagonal[..., :, None] * jnp.eye(d, dtype=jnp.float32).reshape(
+                (1,) * len(stack) + (d, d)
+            )
 
     def conv_or_none(self) -> jax.Array | None:
         """Returns the taps (W x D), ``None`` for ``next_hidden``."""

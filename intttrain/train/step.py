@@ -98,9 +98,9 @@ def make_train_step(config: Config) -> StepFunction:
 
         clipped = clip_by_norm(grads, grad_norm, config.train.optimizer.clip_norm)
         updates, opt_state = optimizer.update(clipped, state["opt_state"], state["params"])
-        proposed = dict(params=optax.apply_updates(state["params"], updates), opt_state=opt_state, step=state["step"] + 1)
-        kept = {name: state[name] for name in proposed}  # type: ignore[literal-required]
-        applied = jax.tree.map(lambda new, old: jnp.where(healthy, new, old), proposed, kept)
+        proposed = (optax.apply_updates(state["params"], updates), opt_state, state["step"] + 1)
+        kept = (state["params"], state["opt_state"], state["step"])
+        params, opt_state, step = jax.tree.map(lambda new, old: jnp.where(healthy, new, old), proposed, kept)
         metrics = StepMetrics(
             loss=loss,
             row_loss_B=sums.nll_B / jnp.maximum(sums.weight_B, 1.0),
@@ -111,7 +111,7 @@ def make_train_step(config: Config) -> StepFunction:
             healthy=healthy,
             ttt=sums.ttt,
         )
-        return TrainState(**applied, healthy=healthy, rng=state["rng"]), metrics
+        return TrainState(params=params, opt_state=opt_state, step=step, healthy=healthy, rng=state["rng"]), metrics
 
     return train_step
 
@@ -158,9 +158,7 @@ def _accumulate(config: Config, params: Params, batch: Batch, eta: jax.Array) ->
 def _loss_sums(config: Config, params: Params, batch: Batch, eta: jax.Array) -> tuple[jax.Array, _Sums]:
     decoder = bind(config.model, params)
     output = decoder(batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, eta=eta)
-    nll_BT = token_nll(
-        output.hidden_BTD, decoder.output_weight(), batch.labels_BT, config.model.loss_chunk_tokens
-    )
+    nll_BT = token_nll(output.hidden_BTD, decoder.output_weight(), batch.labels_BT, config.model.loss_chunk_tokens)
     nll_B = jnp.sum(nll_BT * batch.loss_weights_BT, axis=1)
     sums = _Sums(nll_B, jnp.sum(batch.loss_weights_BT, axis=1), _ttt_sizes(output.ttt))
     return jnp.sum(nll_B), sums
@@ -185,5 +183,7 @@ def scalars(config: Config, metrics: StepMetrics) -> dict[str, Any]:
     if host.ttt is not None and config.model.ttt is not None:
         result["ttt/eta"] = float(host.eta)
         for name, values_n in host.ttt.items():
-            result |= {f"ttt/{name}_{layer}": float(v) for layer, v in zip(config.model.ttt.layers, values_n, strict=True)}
+            result |= {
+                f"ttt/{name}_{layer}": float(v) for layer, v in zip(config.model.ttt.layers, values_n, strict=True)
+            }
     return result

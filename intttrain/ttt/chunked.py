@@ -156,9 +156,7 @@ def _commit_gradient(transform: DeltaTransform, chunk: _Chunk, eta: Array, g_BDF
     return (factor_B11 * vg_BCF).astype(dtype), (factor_B11 * gz_BCD).astype(dtype), dgate_B, deta_B
 
 
-def _bounded_gradient(
-    transform: DeltaTransform, chunk: _Chunk, eta: Array, g_BDF: Array
-) -> tuple[Array, Array, Array]:
+def _bounded_gradient(transform: DeltaTransform, chunk: _Chunk, eta: Array, g_BDF: Array) -> tuple[Array, Array, Array]:
     """Returns the gradients of the raw sum ``V^T Z``, the gate and eta when the update is bounded."""
 
     def commit(raw_BDF: Array, gate_B: Array, eta_B: Array) -> Array:

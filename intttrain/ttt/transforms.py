@@ -70,9 +70,7 @@ def spectral_norm(delta_BDF: Float[Array, "B D F"]) -> Float[Array, "B"]:
     return jnp.einsum("bd,bdf,bf->b", u_BD, delta_BDF, w_BF)
 
 
-def row_scale(
-    s_BDF: Float[Array, "B D F"], w_down_DF: Float[Array, "D F"]
-) -> Float[Array, "B D"]:
+def row_scale(s_BDF: Float[Array, "B D F"], w_down_DF: Float[Array, "D F"]) -> Float[Array, "B D"]:
     """Returns ``|W0[d]| / |W0[d] + S[d]|`` in fp32, a constant for differentiation."""
     base_DF = w_down_DF.astype(jnp.float32)
     base_D = jnp.sqrt(jnp.sum(jnp.square(base_DF), axis=1))

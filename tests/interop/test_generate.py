@@ -65,6 +65,23 @@ def test_prefill_and_decode_equal_one_forward(model, prefill):
     torch.testing.assert_close(torch.cat(steps, dim=1), expected, **FP32)
 
 
+def test_gradient_through_decoding_equals_that_of_one_forward(qwen3):
+    """The buffers of the open chunk are written in place only where no gradient needs their old contents."""
+    tokens = torch.as_tensor(random_tokens(1, 2 * CHUNK + 2))
+
+    def gradients(logits):
+        qwen3.zero_grad()
+        logits.square().sum().backward()
+        return {name: parameter.grad.clone() for name, parameter in qwen3.named_parameters()}
+
+    expected = gradients(qwen3(tokens, use_cache=False).logits)
+    cache = transformers.DynamicCache(config=qwen3.config)
+    steps = [qwen3(tokens[:, t : t + 1], past_key_values=cache).logits for t in range(tokens.shape[1])]
+    for name, gradient in gradients(torch.cat(steps, dim=1)).items():
+        scale = expected[name].abs().max()
+        torch.testing.assert_close(gradient / scale, expected[name] / scale, rtol=0, atol=1e-4, msg=name)
+
+
 @pytest.mark.parametrize("cuts", [(3, 4, 9), (5, 6, 7), (1, 12, 13)])
 @pytest.mark.parametrize("name", [name for name in MODELS if "window" not in name])
 @torch.no_grad()

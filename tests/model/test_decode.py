@@ -74,7 +74,9 @@ def test_decoding_equals_the_full_forward_for_rows_of_different_lengths(name: st
 def test_updates_change_the_logits_only_after_the_first_chunk() -> None:
     params = random_params(BASE)
     tokens_BT = np.random.default_rng(1).integers(0, BASE.vocab_size, (1, LENGTH)).astype(np.int32)
-    difference = np.abs(full_logits(BASE, params, tokens_BT) - full_logits(BASE, params, tokens_BT, 0.0)).max(axis=(0, 2))
+    difference = np.abs(full_logits(BASE, params, tokens_BT) - full_logits(BASE, params, tokens_BT, 0.0)).max(
+        axis=(0, 2)
+    )
     assert (difference[:CHUNK] == 0).all()
     assert (difference[CHUNK:] > 1e-3).all()
 
