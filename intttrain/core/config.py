@@ -11,6 +11,7 @@ An optional feature is an optional section (``model.ttt = None`` is a plain Qwen
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
@@ -22,13 +23,13 @@ from pydantic.dataclasses import dataclass
 
 from intttrain.core.errors import UserError, did_you_mean, nearest_divisors
 
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveInt = Annotated[int, Field(gt=0, strict=True)]
+NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
+PositiveFloat = Annotated[float, Field(gt=0, strict=True)]
+NonNegativeFloat = Annotated[float, Field(ge=0, strict=True)]
+Fraction = Annotated[float, Field(ge=0, le=1, strict=True)]
+Switch = Annotated[bool, Field(strict=True)]
 
-_UNION_TAGS = ("llama3", "yarn", "text", "seqio", "tfds")  # pydantic puts these into the path of a problem
 _STRICT = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
@@ -43,7 +44,7 @@ class TTTConfig:
     eta_warmup_steps: NonNegativeInt = 0  # eta rises linearly from 0 over these training steps
     delta_clip: PositiveFloat | None = None  # bound on the Frobenius norm of one chunk's eta * V^T Z
     delta_spectral: PositiveFloat | None = None  # bound on its spectral norm
-    preserve_row_norm: bool = False  # read W0 + S rescaled to the row norms of W0
+    preserve_row_norm: Switch = False  # read W0 + S rescaled to the row norms of W0
     implementation: Literal["auto", "chunked", "reference"] = "auto"
 
 
@@ -91,7 +92,7 @@ class ModelConfig:
     head_dim: PositiveInt
     rope: RopeConfig
     ttt: TTTConfig | None
-    tie_embeddings: bool = True
+    tie_embeddings: Switch = True
     norm_eps: PositiveFloat = 1e-6
     initializer_range: PositiveFloat = 0.02
     sliding_window: PositiveInt | None = None  # a query sees this many tokens, itself included; None = all
@@ -333,35 +334,45 @@ def resolve(tree: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
 
 def _explain(problem: Any) -> str:
     """Turns one pydantic problem into one sentence with the dotted path of the field."""
-    path = [str(part) for part in problem["loc"] if part not in _UNION_TAGS]
+    section, path = _follow(problem["loc"])
     dotted = ".".join(path)
     match problem["type"]:
         case "unexpected_keyword_argument" | "extra_forbidden":
-            return f"unknown key {dotted}{did_you_mean(path[-1], _field_names(path[:-1]))}"
+            return f"unknown key {dotted}{did_you_mean(path[-1], [f.name for f in dataclasses.fields(section)])}"
         case "missing" | "missing_argument":
             return f"{dotted} is not set"
         case _:
             return f"{dotted}={problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
 
 
-def _field_names(path: list[str]) -> list[str]:
-    """Returns the field names of the section at ``path``; union tags such as ``text`` may stand in the path."""
+def _follow(loc: tuple[str | int, ...]) -> tuple[Any, list[str]]:
+    """Returns the section that holds the last part of ``loc``, and the path without pydantic's union tags."""
     section: Any = Config
-    for name in path:
-        hints = {f.name: f.type for f in dataclasses.fields(section)}
-        if name not in hints:
+    choices: dict[str, Any] = {}  # the sections to choose from when the next part is a tag
+    path: list[str] = []
+    for part in loc[:-1]:
+        if part in choices:
+            section, choices = choices[str(part)], {}
             continue
-        section = _section_of(name)
-    return [f.name for f in dataclasses.fields(section)]
+        path.append(str(part))
+        if isinstance(part, str):
+            hint = get_type_hints(section)[part]
+            found = _sections_in(hint)
+            section = found[0] if len(found) == 1 else section
+            choices = {_tag(cls): cls for cls in found} if len(found) > 1 else {}
+    last = loc[-1]
+    return section, path if last in choices else [*path, str(last)]
 
 
-def _section_of(name: str) -> Any:
-    sections = {
-        "model": ModelConfig, "ttt": TTTConfig, "rope": RopeConfig, "data": DataConfig, "prepare": PrepareConfig,
-        "tokenizer": TokenizerConfig, "source": TextSource, "train": TrainConfig, "schedule": ScheduleConfig,
-        "optimizer": AdamWConfig, "checkpoint": CheckpointConfig, "eval": EvalConfig, "scaling": YarnScaling,
-    }  # fmt: skip
-    return sections.get(name, Config)
+def _sections_in(hint: Any) -> list[Any]:
+    """Returns the configuration classes that an annotation mentions."""
+    if dataclasses.is_dataclass(hint):
+        return [hint]
+    return [cls for part in get_args(hint) for cls in _sections_in(part)]
+
+
+def _tag(cls: Any) -> str:
+    return str(get_args(get_type_hints(cls)["kind"])[0])
 
 
 def check_consistent(config: Config) -> None:
@@ -405,9 +416,10 @@ def _check_ttt(config: Config, ttt: TTTConfig) -> None:
             f"model.ttt.layers={list(ttt.layers)} must be a non-empty increasing list without repeats; "
             "for a model without TTT set model.ttt to None"
         )
+    common = math.gcd(config.data.seq_len, config.eval.seq_len)
     for name, rows in (("data.seq_len", config.data.seq_len), ("eval.seq_len", config.eval.seq_len)):
         if rows % ttt.chunk_tokens:
-            choices = ", ".join(map(str, nearest_divisors(rows, ttt.chunk_tokens)))
+            choices = ", ".join(map(str, nearest_divisors(common, ttt.chunk_tokens)))
             raise UserError(f"model.ttt.chunk_tokens={ttt.chunk_tokens} does not divide {name}={rows}; use {choices}")
 
 
@@ -424,8 +436,15 @@ def _check_train(config: Config) -> None:
             f"use one of {nearest_divisors(data.seq_len, data.align_documents)}"
         )
     schedule = train.schedule
+    if schedule.kind == "cosine" and schedule.decay_steps:
+        raise UserError(
+            f'train.schedule.decay_steps={schedule.decay_steps} has no meaning with kind="cosine", which decays from '
+            'the warm-up to the end; set it to 0 or use kind="wsd"'
+        )
     if schedule.warmup_steps + schedule.decay_steps > train.num_steps:
+        room = train.num_steps - schedule.decay_steps
+        way_out = f"use warm-up {min(room, train.num_steps // 10)} or train longer" if room >= 0 else "train longer"
         raise UserError(
             f"train.schedule.warmup_steps={schedule.warmup_steps} + decay_steps={schedule.decay_steps} exceed "
-            f"train.num_steps={train.num_steps}; use warm-up {max(0, train.num_steps // 10)} or train longer"
+            f"train.num_steps={train.num_steps}; {way_out}"
         )

@@ -135,7 +135,7 @@ class Checkpoints:
             save_root_metadata=False,
             # Made in the background, a folder that cannot be made leaves threads waiting for it for many minutes,
             # which keep the process from ending.
-            async_options=ocp.AsyncOptions(create_directories_asynchronously=True),
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         return ocp.CheckpointManager(self._directory, options=options)
 

@@ -12,11 +12,6 @@ from intttrain.core.config import Config, as_dict, default_config, default_ttt, 
 from intttrain.core.errors import UserError, did_you_mean, nearest_divisors
 
 
-def unfinished(*values: Any) -> Any:
-    """A case that `config.py` does not handle yet; the test fails as soon as it does, so that this mark goes."""
-    return pytest.param(*values, marks=pytest.mark.xfail(strict=True, reason="config.py does not refuse this well yet"))
-
-
 def resolve_with(**changes: Any) -> Config:
     """Resolves the default with changes; ``model__ttt__eta=1.0`` stands for ``model.ttt.eta``."""
     config = default_config()
@@ -176,18 +171,18 @@ def test_resolve_takes_plain_dictionaries_and_leaves_them_alone():
             "model.rope.scaling.beta_fst",
             "beta_fast",
         ),
-        unfinished({"data__train": [{"path": "a", "weigth": 2.0}]}, "data.train.0.weigth", "weight"),
-        unfinished(
+        ({"data__train": [{"path": "a", "weigth": 2.0}]}, "data.train.0.weigth", "weight"),
+        (
             {"prepare__source": {"kind": "seqio", "name": "x", "imports": ("m",), "tex_feature": "a"}},
             "prepare.source.tex_feature",
             "text_feature",
         ),
-        unfinished(
+        (
             {"prepare__source": {"kind": "tfds", "name": "x", "data_dir": "d", "splits": "a"}},
             "prepare.source.splits",
             "split",
         ),
-        unfinished(
+        (
             {
                 "model__rope__scaling": {
                     "kind": "llama3",
@@ -213,7 +208,6 @@ def test_unknown_key_far_from_every_name_lists_the_choices():
     assert message == "unknown key train.checkpoint.zzz; choose from every_steps, keep_every_steps, keep_last"
 
 
-@pytest.mark.xfail(strict=True, raises=IndexError, reason="config.py takes these names out of the path")
 @pytest.mark.parametrize("name", ["text", "seqio", "yarn", "llama3", "tfds"])
 def test_unknown_key_that_is_also_the_name_of_a_kind(name):
     assert refusal(**{name: 1}).startswith(f"unknown key {name};")
@@ -223,14 +217,14 @@ def test_unknown_key_that_is_also_the_name_of_a_kind(name):
     ("changes", "dotted", "value"),
     [
         ({"model__num_layers": "four"}, "model.num_layers", "'four'"),
-        unfinished({"model__num_layers": "4"}, "model.num_layers", "'4'"),
-        unfinished({"model__num_layers": True}, "model.num_layers", "True"),
+        ({"model__num_layers": "4"}, "model.num_layers", "'4'"),
+        ({"model__num_layers": True}, "model.num_layers", "True"),
         ({"model__num_layers": 4.5}, "model.num_layers", "4.5"),
         ({"model__num_layers": 0}, "model.num_layers", "0"),
         ({"model__num_layers": None}, "model.num_layers", "None"),
-        unfinished({"model__tie_embeddings": "yes"}, "model.tie_embeddings", "'yes'"),
-        unfinished({"model__tie_embeddings": 1}, "model.tie_embeddings", "1"),
-        unfinished({"model__ttt__eta": "0.3"}, "model.ttt.eta", "'0.3'"),
+        ({"model__tie_embeddings": "yes"}, "model.tie_embeddings", "'yes'"),
+        ({"model__tie_embeddings": 1}, "model.tie_embeddings", "1"),
+        ({"model__ttt__eta": "0.3"}, "model.ttt.eta", "'0.3'"),
         ({"model__ttt__eta": float("nan")}, "model.ttt.eta", "nan"),
         ({"model__ttt__eta": float("inf")}, "model.ttt.eta", "inf"),
         ({"model__ttt__eta": -0.1}, "model.ttt.eta", "-0.1"),
@@ -309,6 +303,7 @@ def test_all_problems_are_reported_together():
         ({"model__attention": "banded"}, ['model.attention="banded"', "model.sliding_window"]),
         ({"train__microbatches": 3}, ["train.microbatches=3", "train.batch_rows=8", "[2, 4, 8]"]),
         ({"data__align_documents": 1000}, ["data.align_documents=1000", "data.seq_len=1024", "1024"]),
+        ({"train__schedule__decay_steps": 9}, ["train.schedule.decay_steps=9", "cosine", "wsd"]),
         ({"train__num_steps": 20}, ["train.schedule.warmup_steps=50", "train.num_steps=20", "2"]),
         ({"eval__position_edges": (512, 256, 1024)}, ["eval.position_edges=[512, 256, 1024]", "eval.seq_len=1024"]),
         ({"eval__position_edges": (256, 256, 1024)}, ["eval.position_edges=[256, 256, 1024]", "increase"]),
@@ -327,7 +322,7 @@ def test_contradiction_names_both_values_and_a_way_out(changes, mentions):
 @pytest.mark.parametrize(
     "fix",
     [
-        unfinished({"train__num_steps": 100, "train__schedule__decay_steps": 95}),
+        {"train__num_steps": 100, "train__schedule__kind": "wsd", "train__schedule__decay_steps": 95},
         {"train__num_steps": 20},
     ],
 )
@@ -336,7 +331,6 @@ def test_the_proposed_warmup_is_valid(fix):
     resolve_with(**fix, train__schedule__warmup_steps=proposed)
 
 
-@pytest.mark.xfail(strict=True, reason="config.py proposes divisors of one row length only")
 def test_the_proposed_chunk_divides_every_row_it_has_to():
     rows = {"eval__seq_len": 960, "eval__position_edges": (960,)}
     proposed = refusal(**rows).split("; use ")[1].split(", ")
