@@ -7,8 +7,7 @@
         info/           JSON: CheckpointInfo, and for each array its shape, dtype and checksum
 
 Orbax itself notices a missing or shortened file but not changed bytes, which it would hand over as parameters. So
-every array is summed up on the device when it is saved and again when it is restored, and
-the JSON carries its own digest.
+every array is summed up on the device when it is saved and when it is restored, and the JSON has its own digest.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ def make_optimizer(config: TrainConfig, abstract_params: PyTree) -> optax.Gradie
     adamw = config.optimizer
     chain = optax.chain(
         optax.scale_by_adam(b1=adamw.b1, b2=adamw.b2, eps=adamw.eps, mu_dtype=jnp.float32),
-        optax.add_decayed_weights(adamw.weight_decay, mask=None),
+        optax.add_decayed_weights(adamw.weight_decay, mask=decay_mask(abstract_params)),
         optax.scale_by_learning_rate(make_schedule(config)),
     )
     return optax.GradientTransformation(chain.init, _with_standard_promotion(chain.update))

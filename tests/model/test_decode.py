@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from intttrain.core.config import ModelConfig, RopeConfig, TTTConfig
 from intttrain.model import abstract_params, bind, decode_step, generate, init_decode_state
 
 CHUNK, LENGTH = 4, 13  # three chunks and a token
+PADDED = 16
 
 BASE = ModelConfig(
     family="qwen3", vocab_size=24, d_model=8, d_ff=12, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=4,
@@ -37,16 +39,23 @@ def random_params(config: ModelConfig, seed: int = 0) -> Any:
     )
 
 
-def full_logits(config: ModelConfig, params: Any, tokens_BT: np.ndarray, eta: float | None = None) -> np.ndarray:
-    """Logits of one forward over rows padded to whole chunks."""
-    rows, length = tokens_BT.shape
-    padding = -length % CHUNK
-    tokens = jnp.asarray(np.pad(tokens_BT, ((0, 0), (0, padding))), jnp.int32)
-    segments = jnp.asarray(np.pad(np.ones((rows, length), np.int32), ((0, 0), (0, padding))))
-    positions = jnp.broadcast_to(jnp.arange(length + padding, dtype=jnp.int32)[None], tokens.shape)
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(config: ModelConfig, params: Any, tokens_BT: jax.Array, segment_ids_BT: jax.Array, eta: jax.Array) -> Any:
     decoder = bind(config, params)
-    hidden = decoder(tokens, segments, positions, eta=eta).hidden_BTD
-    return np.asarray(jnp.einsum("btd,vd->btv", hidden, decoder.output_weight()))[:, :length]
+    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape)
+    hidden_BTD = decoder(tokens_BT, segment_ids_BT, positions_BT, eta=eta).hidden_BTD
+    return jnp.einsum("btd,vd->btv", hidden_BTD, decoder.output_weight())
+
+
+def full_logits(config: ModelConfig, params: Any, tokens_BT: np.ndarray, eta: float | None = None) -> np.ndarray:
+    """Logits of one forward; rows are padded to one length, so that one program serves every test."""
+    length = tokens_BT.shape[1]
+    padding = ((0, 0), (0, PADDED - length))
+    if eta is None:
+        eta = config.ttt.eta if config.ttt else 0.0
+    segment_ids_BT = np.pad(np.ones(tokens_BT.shape, np.int32), padding)
+    logits = _forward(config, params, np.pad(tokens_BT, padding), segment_ids_BT, jnp.float32(eta))
+    return np.asarray(logits)[:, :length]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -85,7 +94,7 @@ def test_greedy_generation_follows_the_full_forward_and_ignores_batch_mates() ->
     params = random_params(BASE)
     rng = np.random.default_rng(2)
     prompts = [rng.integers(0, BASE.vocab_size, n).astype(np.int32) for n in (1, CHUNK, 2 * CHUNK + 1)]
-    settings: dict[str, Any] = dict(max_new_tokens=6, temperature=0.0, seed=0, stop_token=-1)
+    settings: dict[str, Any] = {"max_new_tokens": 6, "temperature": 0.0, "seed": 0, "stop_token": -1}
     together = generate(BASE, params, prompts, **settings)
     for prompt, continuation in zip(prompts, together, strict=True):
         assert continuation.tolist() == generate(BASE, params, [prompt], **settings)[0].tolist()

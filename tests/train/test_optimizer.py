@@ -183,6 +183,6 @@ def test_clip_by_norm():
     clipped = clip_by_norm(grads, jnp.float32(5.0), 1.0)
     np.testing.assert_allclose(np.asarray(clipped["a"]), [0.6, 0.0], rtol=1e-6)
     assert clipped["b"].dtype == jnp.bfloat16 and float(clipped["b"][0, 0]) == pytest.approx(0.8, rel=1e-2)
-    for norm in (0.0, 5.0):
+    for norm in (0.0, 2.0, 5.0):
         within = clip_by_norm(grads, jnp.float32(norm), 5.0)
         assert all(jax.tree.leaves(jax.tree.map(lambda x, y: bool((x == y).all()), within, grads)))
