@@ -49,7 +49,7 @@ def token_by_token(conv, transform, active_SB):
         )  # fmt: skip
         return (cache, seen_B + active_B.astype(jnp.int32)), (o_BD, seen_B, cache)
 
-    start = ttt.init_cache(ROWS, C, D, F, jnp.float32), jnp.zeros((ROWS,), jnp.int32)
+    start = ttt.init_cache(ROWS, C, D, F, jnp.dtype("float32")), jnp.zeros((ROWS,), jnp.int32)
     (cache, _), (o_SBD, seen_SB, caches) = jax.lax.scan(step, start, active_SB)
     return cache, o_SBD, seen_SB, caches
 
@@ -100,7 +100,7 @@ def test_an_inactive_row_keeps_its_cache_bit_for_bit():
 
 def test_eta_zero_decodes_with_the_plain_projection():
     i = inputs()
-    cache = ttt.init_cache(ROWS, C, D, F, jnp.float32)
+    cache = ttt.init_cache(ROWS, C, D, F, jnp.dtype("float32"))
     for t in range(2 * C):
         o_BD, cache = ttt.decode_projection(
             i["z"][:, t], i["x"][:, t], i["w_down"], i["w_target"], i["conv"], cache, jnp.ones((ROWS,), bool),
@@ -111,7 +111,7 @@ def test_eta_zero_decodes_with_the_plain_projection():
 
 
 def test_bf16_cache_keeps_the_state_in_fp32():
-    cache = ttt.init_cache(ROWS, C, D, F, jnp.bfloat16)
+    cache = ttt.init_cache(ROWS, C, D, F, jnp.dtype("bfloat16"))
     assert (cache.s_BDF.dtype, cache.z_BCF.dtype, cache.x_BCD.dtype) == (jnp.float32, jnp.bfloat16, jnp.bfloat16)
     i = {name: leaf.astype(jnp.bfloat16) if name in ("z", "x") else leaf for name, leaf in inputs().items()}
     for t in range(C):

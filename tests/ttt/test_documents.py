@@ -221,7 +221,8 @@ def test_every_way_to_pack_two_chunks_of_two():
     rng = np.random.default_rng(0)
     z, v = rng.standard_normal((rows, 4, 3)), rng.standard_normal((rows, 4, 2))
     w, s_in = rng.standard_normal((2, 3)), rng.standard_normal((rows, 2, 3))
-    gates, document_B = rng.random((rows, 2)), np.ones(rows, np.int32)
+    gates = rng.random((rows, 2))
+    document_B = np.where(segments_BT[:, 0] == 1, 1, 9).astype(np.int32)  # what comes in goes on at once, or never
     wanted, s_wanted = loop.project(z, v, w, segments_BT, 2, 0.5, gates, s_in, document_B, ttt.DeltaTransform())
     as_jax = [jnp.asarray(x, jnp.float32) for x in (z, v, w, gates, s_in)]
     output = ttt.fast_weight_projection(

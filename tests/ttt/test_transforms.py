@@ -26,8 +26,8 @@ def matrices(gap, rows=3, shape=(8, 12)):
 
 
 def test_spectral_norm_is_the_first_singular_value():
-    """The power iteration errs by about gap^48: nothing at 0.8, and only downwards where there is no gap."""
-    assert_close(spectral_norm(matrices(0.8)), [1.0, 2.0, 3.0], 1e-4)
+    """The power iteration errs by about gap^48, and only downwards where there is no gap."""
+    assert_close(spectral_norm(matrices(0.8)), [1.0, 2.0, 3.0], 1e-3)  # 2e-5 times a start far from the direction
     close = np.asarray(spectral_norm(matrices(0.99))) / np.array([1.0, 2.0, 3.0])
     assert np.all(close <= 1 + 1e-5)
     assert np.all(close > 0.97)
