@@ -30,6 +30,13 @@ on_core() {
     fi
 }
 
+# mark NAME: puts a name before each line, as soon as the line is there.
+if sed -u '' </dev/null >/dev/null 2>&1; then
+    mark() { sed -u "s/^/[$1] /"; }
+else
+    mark() { sed "s/^/[$1] /"; }
+fi
+
 # train_both FLAGS...: trains both models at the same time; lines are marked with the model's name.
 train_both() {
     printf '\n$ intttrain train --config=%s --workdir=%s/ttt %s &' "$CONFIG" "$RUN" "$*"
@@ -37,10 +44,10 @@ train_both() {
     rm -f "$RUN/failed"
     {
         on_core 0 intttrain train --config="$CONFIG" --workdir="$RUN/ttt" "$@" 2>&1 || touch "$RUN/failed"
-    } | sed 's/^/[ttt]   /' &
+    } | mark 'ttt  ' &
     {
         on_core 1 intttrain train --config="$CONFIG:dense" --workdir="$RUN/dense" "$@" 2>&1 || touch "$RUN/failed"
-    } | sed 's/^/[dense] /'
+    } | mark dense
     wait
     if [ -e "$RUN/failed" ]; then
         echo "error: training failed, see above" >&2

@@ -75,7 +75,7 @@ def train(config: Config, workdir: Path, *, stop_at_step: int | None, report: Ca
     with Checkpoints(workdir / "checkpoints", config.train.checkpoint) as checkpoints, _Interrupts() as interrupts:
         state, cursor = _start(config, checkpoints, identity, report)
         start = int(state["step"])
-        last = min(config.train.num_steps, stop_at_step or config.train.num_steps)
+        last = config.train.num_steps if stop_at_step is None else min(stop_at_step, config.train.num_steps)
         step_function = jax.jit(make_train_step(config), donate_argnums=0)
         batches = make_batches(
             dataset, batch_rows=config.train.batch_rows, cursor=cursor, process_index=process_index(),
@@ -130,8 +130,8 @@ def _save_and_refuse(
     places = "; ".join(describe_rows(config.data, bad.rows[:3]))
     raise NonFiniteError(
         f"step {bad.step}: loss={bad.loss} grad_norm={bad.grad_norm} is not finite; the update was not applied and "
-        f"step {good} is saved. Rows {bad.rows[0]} to {bad.rows[-1]} ({places}); look at them, lower "
-        "train.schedule.peak_learning_rate or model.ttt.eta, or train in float32"
+        f"step {good} is saved. Rows {bad.rows[0]} to {bad.rows[-1]} ({places}); look at them, "
+        "or start another --workdir with a lower train.schedule.peak_learning_rate or model.ttt.eta"
     )
 
 
