@@ -7,10 +7,12 @@ training met a non-finite step, 128 + signal number when a run was interrupted (
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -75,8 +77,19 @@ def _dispatch(arguments: Sequence[str]) -> int:
         print(f"intttrain {name}: {help_text}\n{values.get_help()}")
         return 0
     _parse(values, ["intttrain", *rest])
+    if values.json:
+        _check_json(Path(values.json))
     logging.getLogger("absl").setLevel(logging.WARNING)
     return command(values)
+
+
+def _check_json(path: Path) -> None:
+    """Refuses a place that cannot be written before hours of work, not after them."""
+    if path.is_dir():
+        raise UserError(f"--json={path} is a folder; name a file in it, for example {path / 'result.json'}")
+    nearest = next(parent for parent in path.absolute().parents if parent.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        raise UserError(f"--json={path} cannot be written: {nearest} is not a folder that can be written into")
 
 
 def _parse(values: flags.FlagValues, argv: list[str]) -> None:
@@ -94,28 +107,59 @@ def _parse(values: flags.FlagValues, argv: list[str]) -> None:
         raise UserError(f"unexpected argument {extra[0]!r}; values are given as --flag=value")
 
 
+# What absl and ml_collections say about the flags themselves, and what a user should read instead.
+_REWORDED = (
+    (r"No such file or directory: '([^']+)'", "--config: there is no file {0}; configs/ holds examples"),
+    (r"has no attribute 'get_config'", "--config: the file has no function get_config()"),
+    (r"'(\w+)' object has no attribute 'to_dict'", "--config: get_config() returned {0}, not a ConfigDict"),
+    (r"earlier failure to load: (.*)", "--config: {0}"),
+    (
+        r'Override (\S+) can not be applied because field "(\w+)" is None',
+        "{0} cannot be set: the section {1!r} is None in this configuration",
+    ),
+)
+
+
 def _explain(error: BaseException) -> str:
     """Returns one line for whatever went wrong first while flags and configuration were read."""
     chain = [error]
-    while (earlier := chain[-1].__context__) is not None:
+    while (earlier := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(earlier)
-    # str(KeyError) quotes its message once more, so the argument itself is used.
-    texts = [str(link.args[0] if link.args else link) for link in chain]
-    messages = ["; ".join(line.strip() for line in text.splitlines() if line.strip()) for text in texts]
+    chain = [link for link in chain if _message(link)] or [error]
+    messages = [_message(link) for link in chain]
+    where = _place_in_config(chain)
     for message in messages:
         if "Did you mean" in message and not message.startswith("Unknown command line flag"):
             plain = message.replace("\\n", "; ").replace("\\", "").replace("'", "").replace("Did", "did")
-            return f"unknown configuration key {plain}"
-        if missing := re.findall(r"No such file or directory: '([^']+)'", message):
-            return f"--config: there is no file {missing[0]}; configs/ holds examples"
+            return f"{where}unknown configuration key {plain}"
         if absent := re.findall(r"--(\w+)=None: Flag --\w+ must have a value", message):
             return "missing " + ", ".join(f"--{flag}=..." for flag in absent)
-        if section := re.match(r'Override (\S+) can not be applied because field "(\w+)" is None', message):
-            return f"{section[1]} cannot be set: the section {section[2]!r} is None in this configuration"
-    frames = [frame for frame in traceback.extract_tb(chain[-1].__traceback__) if frame.name == "get_config"]
-    where = f"--config: {frames[-1].filename}:{frames[-1].lineno}: " if frames else ""
-    flag = next((message for message in messages if message.startswith("flag --")), None)
-    return where + (messages[-1] if frames or flag is None or "parsing config file" in flag else flag)
+        for pattern, wording in _REWORDED:
+            if not where and (match := re.search(pattern, message)):
+                return wording.format(*match.groups())
+    first = messages[-1]
+    if isinstance(chain[-1], KeyError):
+        return f"{where}unknown configuration key {first}; 'intttrain config --config=...' lists the keys there are"
+    if where:
+        return where + (first if isinstance(chain[-1], ValueError) else f"{type(chain[-1]).__name__}: {first}")
+    return next((message for message in messages if message.startswith("flag --")), first)
+
+
+def _message(error: BaseException) -> str:
+    # str(KeyError) quotes its message once more and str(SyntaxError) adds the place, so the argument itself is used.
+    text = str(error.args[0] if error.args and not isinstance(error, OSError) else error)
+    return "; ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def _place_in_config(chain: Sequence[BaseException]) -> str:
+    """Returns ``--config: FILE:LINE: `` if it was a line of a configuration file that failed, else nothing."""
+    for error in reversed(chain):
+        if isinstance(error, SyntaxError) and str(error.filename).endswith(".py"):  # else it is a value of a flag
+            return f"--config: {error.filename}:{error.lineno}: "
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.name in ("get_config", "<module>")]
+        if frames:
+            return f"--config: {frames[-1].filename}:{frames[-1].lineno}: "
+    return ""
 
 
 # --- flags of each command -----------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from absl import flags
 
 from intttrain.app.loop import train
 from intttrain.app.runs import Trained, load_trained, parameter_counts, write_json
-from intttrain.core.config import Config, as_dict, flatten, resolve
+from intttrain.core.config import Config, as_dict, check_consistent, flatten, resolve
 from intttrain.core.errors import UserError
 from intttrain.core.progress import human_count
 from intttrain.data import TokenStore, document_rows, prepare
@@ -99,6 +99,9 @@ def evaluate_model(values: flags.FlagValues) -> int:
     trained = load_trained(workdir, values.step)
     if trained.config.model != config.model:
         report("note: the model is the one in --workdir; model.* of --config is not used")
+    own = trained.config
+    config = dataclasses.replace(config, name=own.name, model=own.model, prepare=own.prepare)
+    check_consistent(config)
     dense = None
     if values.dense_workdir is not None:
         dense = _load_twin(trained, Path(values.dense_workdir))
@@ -111,9 +114,10 @@ def evaluate_model(values: flags.FlagValues) -> int:
         max_documents=config.eval.documents, seed=config.eval.seed,
     )  # fmt: skip
     store = TokenStore.open(config.data.train[0].path) if config.data.train else None  # for the n-gram baselines
+    if store is not None:
+        store.check_tokenizer(trained.tokenizer.fingerprint)
     result = evaluate_run(
-        dataclasses.replace(config, model=trained.config.model), trained.params, dense=dense,
-        heldout_rows=rows.rows, train_store=store, report=report,
+        config, trained.params, dense=dense, heldout_rows=rows.rows, train_store=store, report=report,
     )  # fmt: skip
     print(result.table())
     folder = _free_folder(workdir / "eval" / str(trained.step))
@@ -135,7 +139,7 @@ def _free_folder(wanted: Path) -> Path:
 
 def _load_twin(trained: Trained, workdir: Path) -> tuple[Any, Any]:
     """Returns model section and parameters of the dense run after checking that a comparison makes sense."""
-    twin = load_trained(workdir, None)
+    twin = load_trained(workdir, None, flag="--dense_workdir")
     if twin.config.model.ttt is not None:
         raise UserError(f"--dense_workdir={workdir} was trained with TTT; name a run with model.ttt=None")
     if twin.tokenizer.fingerprint != trained.tokenizer.fingerprint:

@@ -111,7 +111,8 @@ def _start(
         report(f"{config.name}: new run, {size}, {config.train.num_steps} steps; compiling")
         return jax.jit(lambda: init_state(config))(), 0
     state, info = checkpoints.restore_latest(abstract_state(config))
-    report(f"{config.name}: resumed at step {info.step} of {config.train.num_steps}, {size}; compiling")
+    todo = "nothing is left to do" if info.step >= config.train.num_steps else f"{size}; compiling"
+    report(f"{config.name}: resumed at step {info.step} of {config.train.num_steps}, {todo}")
     return cast(TrainState, state), info.data_cursor
 
 

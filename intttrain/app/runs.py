@@ -96,14 +96,18 @@ class Trained:
     tokenizer: Tokenizer
 
 
-def load_trained(workdir: Path, step: int | None) -> Trained:
+def load_trained(workdir: Path, step: int | None, *, flag: str = "--workdir") -> Trained:
     """Returns configuration, parameters and tokenizer of a run's checkpoint (default: the newest).
+
+    Args:
+      workdir, step: which checkpoint.
+      flag: that named ``workdir``, for messages.
 
     Raises:
       UserError: no run, no such step, a damaged checkpoint, or the tokenizer file changed or went away.
     """
     if not (workdir / CONFIG_FILE).exists():
-        raise UserError(f"--workdir={workdir} holds no run ({CONFIG_FILE} is missing); train first or correct the path")
+        raise UserError(f"{flag}={workdir} holds no run ({CONFIG_FILE} is missing); train first or correct the path")
     identity = _read_identity(workdir / CONFIG_FILE)
     config = resolve(unflatten(identity.flat_config))
     with Checkpoints(workdir / "checkpoints", config.train.checkpoint, read_only=True) as checkpoints:
@@ -124,8 +128,12 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes ``content`` so that ``path`` appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def parameter_counts(config: Config) -> dict[str, int]:

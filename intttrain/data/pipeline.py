@@ -47,7 +47,9 @@ def open_stores(config: DataConfig, model_vocab_size: int | None = None) -> tupl
         outside a model with ``model_vocab_size`` ids (not checked for None).
     """
     if not config.train:
-        raise UserError("data.train is empty; name at least one token store, for example ({'path': 'data/train', 'weight': 1.0},)")
+        raise UserError(
+            "data.train is empty; name at least one token store, for example ({'path': 'data/train', 'weight': 1.0},)"
+        )
     stores = tuple(TokenStore.open(item.path) for item in config.train)
     checked = stores if config.heldout is None else (*stores, TokenStore.open(config.heldout))
     for store in checked:

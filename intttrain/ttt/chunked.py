@@ -113,7 +113,7 @@ def _forward(transform: DeltaTransform, *inputs: Any) -> tuple[Scanned, tuple[An
 
 
 def _backward(transform: DeltaTransform, residuals: tuple[Any, ...], cotangents: Scanned) -> tuple[Any, ...]:
-    z_BMCF, v_BMCD, w_down_DF, layout, gates_BM, eta, s_in_BDF = residuals
+    z_BMCF, v_BMCD, _, layout, gates_BM, eta, s_in_BDF = residuals
     chunks = _by_chunk(z_BMCF, v_BMCD, layout, gates_BM)
     do_MBCD = jnp.moveaxis(layout.reads_BMC[..., None] * cotangents.c_BMCD, 1, 0).astype(z_BMCF.dtype)
 
@@ -135,7 +135,7 @@ def _backward(transform: DeltaTransform, residuals: tuple[Any, ...], cotangents:
     ds_in_BDF, gradients = jax.lax.scan(suffix, cotangents.s_end_BDF, (chunks, do_MBCD), reverse=True)
     dz_MBCF, dv_MBCD, dgate_MB, deta_MB = gradients
     dz_BMCF, dv_BMCD = jnp.moveaxis(dz_read_MBCF + dz_MBCF, 0, 1), jnp.moveaxis(dv_MBCD, 0, 1)
-    return dz_BMCF, dv_BMCD, jnp.zeros_like(w_down_DF), None, jnp.moveaxis(dgate_MB, 0, 1), jnp.sum(deta_MB), ds_in_BDF
+    return dz_BMCF, dv_BMCD, None, None, jnp.moveaxis(dgate_MB, 0, 1), jnp.sum(deta_MB), ds_in_BDF
 
 
 def _commit_gradient(transform: DeltaTransform, chunk: _Chunk, eta: Array, g_BDF: Array) -> tuple[Array, ...]:

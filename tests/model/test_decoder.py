@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from intttrain.model import bind, init_params
+from intttrain.model import bind
 from tests.model import numpy_decoder
-from tests.model.tiny import TINY, TTT, C, T, V, hidden, leaves, loss_and_gradients, random_params, rows, run, with_ttt
+from tests.model.tiny import TINY, TTT, C, T, V, hidden, init, leaves, loss_and_gradients, random_params, rows, run, with_ttt
 from tests.ttt.cases import assert_close, assert_same
 
 BATCH = rows((13, 19), (5, 9, -2, 16))
@@ -50,30 +50,45 @@ def eta_of(config):
     return config.ttt.eta if config.ttt else 0.0
 
 
+def slope(config, p, batch, directions):
+    """Returns the central difference of the numpy loss along ``directions``, a dict of some parameters."""
+    step = 1e-6
+    ahead, behind = (
+        numpy_decoder.loss(
+            config, p | {name: p[name] + sign * step * d for name, d in directions.items()}, *batch, eta_of(config)
+        )
+        for sign in (1, -1)
+    )
+    return (ahead - behind) / (2 * step)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_loss_and_gradient_equal_the_numpy_decoder(name):
-    """The loss to fp32 rounding; the gradient of every parameter along one direction, by central differences.
+    """The loss to fp32 rounding, the gradient of every parameter along a random direction by central differences.
 
-    A misplaced layer of a stack, a parameter read by the wrong layer or a lost gradient path shows here.
+    A misplaced layer of a stack, a parameter read by the wrong layer or a lost gradient path shows here. Deep models
+    take one step along all parameters at once, each scaled to weigh the same.
     """
     config = CONFIGS[name]
-    loss, grads = loss_and_gradients(config, random_params(config), *BATCH)
-    p = doubles(config)
-    wanted = numpy_decoder.loss(config, p, *BATCH, eta_of(config))
+    deep = config.num_layers > 2
+    batch = [x[1:] for x in BATCH] if deep else BATCH
+    loss, grads = loss_and_gradients(config, random_params(config), *batch)
+    p, grads = doubles(config), {name: leaf.astype(np.float64) for name, leaf in leaves(grads).items()}
+    wanted = numpy_decoder.loss(config, p, *batch, eta_of(config))
     assert abs(float(loss) - wanted) <= 1e-5 * wanted
-    row_norm = config.ttt is not None and config.ttt.preserve_row_norm  # its scales are constants for differentiation
+    if config.ttt is not None and config.ttt.preserve_row_norm:
+        return  # its scales are constants for differentiation
     rng = np.random.default_rng(0)
-    for leaf, gradient in leaves(grads).items() if not row_norm else ():
+    directions = {}
+    for leaf, gradient in grads.items():
         direction = rng.standard_normal(gradient.shape)
-        step = 1e-6
-        ahead, behind = (
-            numpy_decoder.loss(config, p | {leaf: p[leaf] + sign * step * direction}, *BATCH, eta_of(config))
-            for sign in (1, -1)
-        )
-        slope = float(np.sum(gradient.astype(np.float64) * direction))
-        scale = float(np.linalg.norm(gradient) * np.linalg.norm(direction))
+        scale = np.linalg.norm(gradient) * np.linalg.norm(direction)
         assert scale > 1e-4, f"{leaf} has no gradient"
-        assert abs(slope - (ahead - behind) / (2 * step)) <= 2e-4 * scale, leaf
+        directions[leaf] = direction / scale
+    for group in [list(directions)] if deep else [[leaf] for leaf in directions]:
+        along = {leaf: directions[leaf] for leaf in group}
+        got = sum(np.sum(grads[leaf] * d) for leaf, d in along.items())
+        assert abs(got - slope(config, p, batch, along)) <= 2e-4, group
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
@@ -82,7 +97,7 @@ def test_a_fresh_model_equals_its_dense_twin_bit_for_bit(family, target):
     """Same seed, same numbers in the shared parameters, and nothing is written yet."""
     config = with_ttt(dataclasses.replace(TINY, family=family, num_layers=4), target=target, layers=(1, 3))
     dense = dataclasses.replace(config, ttt=None)
-    params, twin = init_params(config, jax.random.key(7)), init_params(dense, jax.random.key(7))
+    params, twin = init(config, jax.random.key(7)), init(dense, jax.random.key(7))
     shared = leaves(twin)
     for name, leaf in leaves(params).items():
         if not name.startswith("ttt."):
@@ -158,13 +173,16 @@ def test_sizes_of_updates_are_reported_in_layer_order():
     """Layer 3 is made to write ten times as much as layer 1."""
     config = with_ttt(dataclasses.replace(TINY, num_layers=4), layers=(1, 3))
     params = jax.tree.map(lambda leaf: leaf, random_params(config))
-    small, large = params["ttt"]["target"]
+    small = params["ttt"]["target"][0]
     params["ttt"] = params["ttt"] | {"target": jnp.stack([small, 10 * small])}
     stats = run(config, params, *BATCH[:3], jnp.float32(0.01)).ttt
     assert stats.delta_norm_nBM.shape == stats.state_norm_nBM.shape == (2, 2, T // C)
     assert np.mean(stats.delta_norm_nBM[1]) > 2 * np.mean(stats.delta_norm_nBM[0])
-    assert run(dataclasses.replace(config, ttt=None), params, *BATCH[:3], jnp.float32(0)).ttt is None
-    del large
+
+
+def test_a_dense_model_reports_no_sizes():
+    dense = dataclasses.replace(TINY, ttt=None)
+    assert run(dense, random_params(dense), *BATCH[:3], jnp.float32(0)).ttt is None
 
 
 def test_bind_does_not_share_parameters_between_models():

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from intttrain.core.config import ModelConfig, RopeConfig, TTTConfig
-from intttrain.model import DecoderOutput, Params, abstract_params, bind, token_nll
+from intttrain.model import DecoderOutput, Params, abstract_params, bind, init_params, token_nll
 
 T, C, V = 32, 8, 32
 TTT = TTTConfig(layers=(0, 1), chunk_tokens=C, eta=0.5)
@@ -77,7 +77,8 @@ def hidden(config: ModelConfig, params: Params, batch: Any, eta: float | None = 
     return np.asarray(run(config, params, *batch[:3], jnp.float32(eta)).hidden_BTD)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+# Compiled without optimisation: half the time, and nothing that uses it compares bits.
+@functools.partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
 def loss_and_gradients(config: ModelConfig, params: Params, *batch: Any) -> Any:
     """Returns the summed loss over the tokens of documents, and its gradient."""
 
@@ -89,6 +90,9 @@ def loss_and_gradients(config: ModelConfig, params: Params, *batch: Any) -> Any:
         return jnp.sum(jnp.where(ids_BT > 0, nll_BT, 0.0))
 
     return jax.value_and_grad(loss)(params)
+
+
+init = jax.jit(init_params, static_argnums=0)
 
 
 def leaves(tree: Any) -> dict[str, np.ndarray]:
