@@ -45,9 +45,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         return _dispatch(arguments)
     except UserError as error:
-        from intttrain.app.loop import NonFiniteError  # loads JAX; only a run that trained gets here with it
-
-        return _fail(str(error), 3 if isinstance(error, NonFiniteError) else 2)
+        return _fail(str(error), 2)
     except flags.Error as error:
         return _fail(" ".join(str(error).split()), 2)
     except OSError as error:
@@ -100,7 +98,7 @@ def _parse(values: flags.FlagValues, argv: list[str]) -> None:
         if "config" in values:
             values.config.to_dict()  # a file that could not be read is reported only when it is used
     except Exception as error:  # a configuration file is a program of the user's, anything can come out of it
-        raise UserError(_explain(error)) from None
+        raise UserError(_explain(error, argv)) from None
     finally:
         sys.argv = saved
     if extra:
@@ -120,7 +118,7 @@ _REWORDED = (
 )
 
 
-def _explain(error: BaseException) -> str:
+def _explain(error: BaseException, argv: Sequence[str]) -> str:
     """Returns one line for whatever went wrong first while flags and configuration were read."""
     chain = [error]
     while (earlier := chain[-1].__cause__ or chain[-1].__context__) is not None:
@@ -133,6 +131,8 @@ def _explain(error: BaseException) -> str:
             plain = message.replace("\\n", "; ").replace("\\", "").replace("'", "").replace("Did", "did")
             return f"{where}unknown configuration key {plain}"
         if absent := re.findall(r"--(\w+)=None: Flag --\w+ must have a value", message):
+            if absent == ["config"] and any(argument.startswith("--config=") for argument in argv):
+                return "--config: get_config() returned None; it has to return the configuration"
             return "missing " + ", ".join(f"--{flag}=..." for flag in absent)
         for pattern, wording in _REWORDED:
             if not where and (match := re.search(pattern, message)):
@@ -154,8 +154,8 @@ def _message(error: BaseException) -> str:
 def _place_in_config(chain: Sequence[BaseException]) -> str:
     """Returns ``--config: FILE:LINE: `` if it was a line of a configuration file that failed, else nothing."""
     for error in reversed(chain):
-        if isinstance(error, SyntaxError) and str(error.filename).endswith(".py"):  # else it is a value of a flag
-            return f"--config: {error.filename}:{error.lineno}: "
+        if isinstance(error, SyntaxError) and error.filename != "<unknown>":  # which would be the value of a flag
+            return f"--config: {error.filename}:{error.lineno}: " if error.filename else "--config: "
         frames = [f for f in traceback.extract_tb(error.__traceback__) if f.name in ("get_config", "<module>")]
         if frames:
             return f"--config: {frames[-1].filename}:{frames[-1].lineno}: "

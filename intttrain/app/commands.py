@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from intttrain.app.loop import train
+from intttrain.app.loop import NonFiniteError, train
 from intttrain.app.runs import Trained, load_trained, parameter_counts, write_json
 from intttrain.core.config import Config, as_dict, check_consistent, flatten, resolve
 from intttrain.core.errors import UserError
@@ -81,9 +81,13 @@ def _plain(value: Any) -> Any:
 
 
 def train_model(values: flags.FlagValues) -> int:
-    """Trains; the status tells whether the run was interrupted."""
+    """Trains; the status tells whether the run was interrupted or met a step that is not finite."""
     config = resolve(values.config)
-    result = train(config, Path(values.workdir), stop_at_step=values.stop_at_step, report=report)
+    try:
+        result = train(config, Path(values.workdir), stop_at_step=values.stop_at_step, report=report)
+    except NonFiniteError as error:
+        report(f"error: {error}")
+        return 3
     loss = f", loss {result.metrics['loss']:.4f}" if "loss" in result.metrics else ""
     if result.finished:
         print(f"finished at step {result.step}{loss}; checkpoint in {Path(values.workdir) / 'checkpoints'}")

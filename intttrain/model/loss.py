@@ -26,11 +26,11 @@ def token_nll(
     padding = blocks * block_tokens - seq_len
     hidden_BTD = jnp.pad(hidden_BTD, ((0, 0), (0, padding), (0, 0)))
     labels_BT = jnp.pad(labels_BT, ((0, 0), (0, padding)))
-    weight_VD = weight_VD.astype(hidden_BTD.dtype)
 
     @jax.checkpoint
     def block_nll(hidden_BcD: jax.Array, labels_Bc: jax.Array) -> jax.Array:
-        logits_BcV = jnp.einsum("bcd,vd->bcv", hidden_BcD, weight_VD, preferred_element_type=jnp.float32)
+        weight = weight_VD.astype(hidden_BcD.dtype)  # cast in here, so that its gradient is summed over blocks in fp32
+        logits_BcV = jnp.einsum("bcd,vd->bcv", hidden_BcD, weight, preferred_element_type=jnp.float32)
         chosen_Bc = jnp.take_along_axis(logits_BcV, labels_Bc[:, :, None], axis=2)[:, :, 0]
         return jax.nn.logsumexp(logits_BcV, axis=2) - chosen_Bc
 

@@ -18,6 +18,9 @@ from intttrain.data import Batch
 from intttrain.model import Params, TTTStats, abstract_params, bind, init_params, token_nll
 from intttrain.train.optimizer import clip_by_norm, make_optimizer, make_schedule
 
+# A device array, its copy on the host or an abstract shape: trees of metrics are rebuilt with each of them.
+Value = Any
+
 
 class TrainState(TypedDict):
     """Everything that changes during training, as one tree of arrays.
@@ -48,14 +51,14 @@ class StepMetrics:
       ttt: per TTT layer, mean size of an update and largest state, relative to W0; ``None`` without TTT.
     """
 
-    loss: jax.Array
-    row_loss_B: jax.Array
-    tokens: jax.Array
-    grad_norm: jax.Array
-    learning_rate: jax.Array
-    eta: jax.Array
-    healthy: jax.Array
-    ttt: dict[str, jax.Array] | None
+    loss: Value
+    row_loss_B: Value
+    tokens: Value
+    grad_norm: Value
+    learning_rate: Value
+    eta: Value
+    healthy: Value
+    ttt: dict[str, Value] | None
 
 
 StepFunction = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
@@ -93,7 +96,7 @@ def make_train_step(config: Config) -> StepFunction:
         sums, grads = _accumulate(config, state["params"], batch, eta)
         weight = jnp.maximum(jnp.sum(sums.weight_B), 1.0)
         grads = jax.tree.map(lambda g: g / weight, grads)
-        loss, grad_norm = jnp.sum(sums.nll_B) / weight, optax.global_norm(grads)
+        loss, grad_norm = jnp.sum(sums.nll_B) / weight, optax.tree.norm(grads)
         healthy = state["healthy"] & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
         clipped = clip_by_norm(grads, grad_norm, config.train.optimizer.clip_norm)

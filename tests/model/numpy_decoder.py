@@ -87,7 +87,9 @@ def nll(config, p, hidden_TD, labels_T):
 def loss(config, p, tokens_BT, segments_BT, positions_BT, labels_BT, eta):
     """Summed over the tokens of documents."""
     total = 0.0
-    for tokens_T, segments_T, positions_T, labels_T in zip(tokens_BT, segments_BT, positions_BT, labels_BT, strict=True):
+    for tokens_T, segments_T, positions_T, labels_T in zip(
+        tokens_BT, segments_BT, positions_BT, labels_BT, strict=True
+    ):
         hidden_TD = hidden(config, p, tokens_T, segments_T, positions_T, eta)
         total += nll(config, p, hidden_TD, labels_T)[segments_T > 0].sum()
     return total

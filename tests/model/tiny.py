@@ -92,7 +92,7 @@ def loss_and_gradients(config: ModelConfig, params: Params, *batch: Any) -> Any:
     return jax.value_and_grad(loss)(params)
 
 
-init = jax.jit(init_params, static_argnums=0)
+init = jax.jit(init_params, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def leaves(tree: Any) -> dict[str, np.ndarray]:

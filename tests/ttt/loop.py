@@ -50,7 +50,7 @@ def read(w_DF, s_DF, transform: DeltaTransform):
     """The weight that a token sees."""
     moved_DF = w_DF + s_DF
     if transform.preserve_row_norm:
-        moved_DF = moved_DF * np.linalg.norm(w_DF, axis=1, keepdims=True) / np.linalg.norm(moved_DF, axis=1, keepdims=True)
+        moved_DF *= (np.linalg.norm(w_DF, axis=1) / np.linalg.norm(moved_DF, axis=1))[:, None]
     return moved_DF
 
 

@@ -26,6 +26,7 @@ def inputs():
     return {name: jnp.asarray(leaves[name]) for name in ("z", "x", "w_down", "w_target", "conv")}
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def whole_row(conv, transform, seq_len=T):
     """The full forward over one document per row."""
     i, ids = inputs(), jnp.ones((ROWS, seq_len), jnp.int32)

@@ -140,31 +140,36 @@ def piece_of(leaves, tokens, chunks):
     return cut | {"gates": leaves["gates"][:, chunks]}
 
 
-@pytest.mark.parametrize("rows", [((16,), (7, 5, -4), (3, 13)), MIXED, ((3, -1, 5, -3, 4), (-16,), (4, -4, 4, -4))])
-@pytest.mark.parametrize("transform", [ttt.DeltaTransform(), ttt.DeltaTransform(clip=4.0, preserve_row_norm=True)])
-def test_two_pieces_with_a_state_equal_one_pass(rows, transform):
-    """At every cut on the chunk grid, in value and in gradient through the carried state."""
-    case = Case("pieces", rows, (1,) * 3, transform=transform)
-    leaves, segments_BT = leaves_of(case), jnp.asarray(case.segments_BT)
-    wanted_grads, wanted = gradients(case, "chunked")
-    along_o, along_s = (jnp.asarray(x) for x in cotangents(case))
+@functools.cache
+def _two_pieces(transform, cut):
+    """Compiles a row run in two pieces; every row of ``case`` starts by continuing document 1."""
+    case = Case("pieces", MIXED, (1,) * 3, transform=transform)
+    along_o, along_s = cotangents(case)
 
-    def pieces(leaves, segments_BT, cut):
+    def pieces(leaves, segments_BT):
         first = forward(case, piece_of(leaves, slice(0, cut), slice(0, cut // C)), segments_BT[:, :cut])
         second_leaves = piece_of(leaves, slice(cut, T), slice(cut // C, None)) | {"s_in": first.state.s_BDF}
         second = forward(_carrying(case, first.state.document_B), second_leaves, segments_BT[:, cut:])
         o_BTD = jnp.concatenate([first.o_BTD, second.o_BTD], axis=1)
         return jnp.sum(o_BTD * along_o) + jnp.sum(second.state.s_BDF * along_s), (o_BTD, second.state)
 
-    run = jax.jit(jax.grad(pieces, has_aux=True), static_argnums=2)
-    for cut in (C, 2 * C):
-        grads, (o_BTD, state) = run(leaves, segments_BT, cut)
-        # The same recurrence; only the plain projection runs over another number of tokens.
-        assert_close(o_BTD, wanted.o_BTD, 1e-6, "o")
-        assert_close(state.s_BDF, wanted.state.s_BDF, 1e-6, "state")
-        assert_same(state.document_B, wanted.state.document_B)
-        for name in grads:
-            assert_close(grads[name], wanted_grads[name], 1e-5, name)
+    return jax.jit(jax.grad(pieces, has_aux=True))
+
+
+@pytest.mark.parametrize("rows", [((16,), (7, 5, -4), (3, 13)), MIXED, ((3, -1, 5, -3, 4), (-16,), (4, -4, 4, -4))])
+@pytest.mark.parametrize("cut", [C, 2 * C])
+@pytest.mark.parametrize("name", ["one_document", "row_norm_and_clip"])
+def test_two_pieces_with_a_state_equal_one_pass(name, cut, rows):
+    """In value, and in gradient through the carried state."""
+    case = Case("pieces", rows, (1,) * 3, transform=BY_NAME[name].transform)
+    wanted_grads, wanted = gradients(case, "chunked")
+    grads, (o_BTD, state) = _two_pieces(case.transform, cut)(leaves_of(case), case.segments_BT)
+    # The same recurrence; only the plain projection runs over another number of tokens.
+    assert_close(o_BTD, wanted.o_BTD, 1e-6, "o")
+    assert_close(state.s_BDF, wanted.state.s_BDF, 1e-6, "state")
+    assert_same(state.document_B, wanted.state.document_B)
+    for leaf in grads:
+        assert_close(grads[leaf], wanted_grads[leaf], 1e-5, leaf)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,9 +201,9 @@ def test_masks_of_one_row_by_hand():
     """C = 4: (a a a b | b b 0 0 | 0 c c c | c d d d), nothing carried in."""
     segments_BT = jnp.asarray([[1, 1, 1, 2, 2, 2, 0, 0, 0, 3, 3, 3, 3, 4, 4, 4]], jnp.int32)
     layout = ttt.make_layout(segments_BT, 4)
-    documents_only = np.asarray(segments_BT[0] > 0).reshape(4, 4)
     # Padding may formally "read" the empty state that padding carries; what it reads is zero.
-    assert_same(np.asarray(layout.reads_BMC[0]) * documents_only, [[0, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0]])
+    reads_MC = np.asarray(layout.reads_BMC[0]) * np.asarray(segments_BT[0] > 0).reshape(4, 4)
+    assert_same(reads_MC, [[0, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0]])
     assert_same(layout.writes_BMC[0], [[0, 0, 0, 1], [0, 0, 0, 0], [0, 1, 1, 1], [0, 1, 1, 1]])
     assert_same(layout.keeps_BM[0], [0, 0, 0, 0])
     carried = ttt.make_layout(segments_BT, 4, jnp.asarray([1], jnp.int32))

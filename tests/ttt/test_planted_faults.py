@@ -67,9 +67,7 @@ def test_no_fault_passes():
 def test_an_inclusive_scan_is_caught(monkeypatch):
     """Update, then apply: the chunk reads what it has just written."""
     read = chunked._read
-    monkeypatch.setattr(
-        chunked, "_read", lambda s, chunk: read(s + chunked._raw_delta(chunk, jnp.asarray(0.3)), chunk)
-    )
+    monkeypatch.setattr(chunked, "_read", lambda s, chunk: read(s + chunked._raw_delta(chunk, jnp.asarray(0.3)), chunk))
     with pytest.raises(AssertionError, match="error"):
         compare_values(BY_NAME["one_document"])
 

@@ -11,7 +11,7 @@ from intttrain import ttt
 from tests.ttt import loop
 from tests.ttt.cases import CASES, C, D, T, assert_close, assert_same, leaves_of
 
-target_cases = pytest.mark.parametrize("case", CASES[:13], ids=lambda case: case.name)
+target_cases = pytest.mark.parametrize("case", CASES[:11], ids=lambda case: case.name)
 
 
 @target_cases
