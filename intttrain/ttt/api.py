@@ -6,7 +6,7 @@ Letters: B row, T tokens, C tokens per chunk, M = T / C chunks, D model width, F
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -74,10 +74,12 @@ def fast_weight_projection(
       The projected row, the state to carry on, and the size of what was written.
 
     Raises:
-      ValueError: ``chunk_tokens`` does not divide T.
+      ValueError: ``chunk_tokens`` does not divide T, or the implementation does not exist.
 
     Source: In-Place TTT (arXiv 2604.06169), equations restated in ``docs/method.md``.
     """
+    if implementation not in get_args(Implementation):
+        raise ValueError(f"implementation={implementation!r} does not exist; use one of {get_args(Implementation)}")
     rows, seq_len, d_ff = z_BTF.shape
     layout_state = state if state is not None else init_state(rows, w_down_DF.shape[0], d_ff)
     layout = make_layout(segment_ids_BT, chunk_tokens, layout_state.document_B)

@@ -25,7 +25,8 @@ class FastWeightState:
 
     Attributes:
       s_BDF: fp32 sum of the committed updates of the carried document.
-      document_B: segment id of that document, ``NO_DOCUMENT`` when nothing is carried.
+      document_B: segment id of that document, ``NO_DOCUMENT`` when nothing is carried. The next piece must begin with
+        this document or never use its id.
     """
 
     s_BDF: Float[Array, "B D F"]

@@ -117,11 +117,10 @@ def test_labels_without_weight_do_not_matter():
     assert_same_tree(two, one)
 
 
-@pytest.mark.parametrize("microbatches", [2, 4])
-def test_microbatches_give_the_same_update(microbatches):
+def test_microbatches_give_the_same_update():
     """With a different number of labels in each piece, down to none: sums are divided once, at the end."""
     state, metrics = compiled(BASE)(start(), BATCH)
-    pieces_state, pieces = compiled(with_train(microbatches=microbatches))(start(), BATCH)
+    pieces_state, pieces = compiled(with_train(microbatches=4))(start(), BATCH)
     for name in ("loss", "grad_norm", "row_loss_B", "tokens", "learning_rate", "eta"):
         np.testing.assert_allclose(getattr(pieces, name), getattr(metrics, name), rtol=1e-5, err_msg=name)
     assert metrics.ttt is not None
@@ -252,14 +251,10 @@ def test_abstract_state_is_the_state():
 
 
 def test_seed_decides_the_start():
-    init = {seed: init_state_of(seed) for seed in (0, 1)}
-    assert np.any(init[0]["params"]["layers"]["mlp"]["up"] != init[1]["params"]["layers"]["mlp"]["up"])
-    assert np.any(init[0]["rng"] != init[1]["rng"])
-
-
-def init_state_of(seed: int) -> Any:
-    config = with_train(seed=seed)
-    return jax.jit(lambda: init_state(config), compiler_options=FAST)()
+    config = with_train(seed=1)
+    other = jax.jit(lambda: init_state(config), compiler_options=FAST)()
+    assert np.any(other["params"]["layers"]["mlp"]["up"] != start()["params"]["layers"]["mlp"]["up"])
+    assert np.any(other["rng"] != start()["rng"])
 
 
 def test_golden_step(golden):

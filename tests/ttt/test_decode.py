@@ -20,7 +20,6 @@ TRANSFORMS = {
 }
 
 
-@functools.cache
 def inputs():
     leaves = leaves_of(BY_NAME["one_document"])
     return {name: jnp.asarray(leaves[name]) for name in ("z", "x", "w_down", "w_target", "conv")}

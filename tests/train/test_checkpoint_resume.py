@@ -1,0 +1,78 @@
+"""Which configuration may continue which checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import jax
+import pytest
+
+from intttrain.core.config import as_dict, default_config, flatten, resolve
+from intttrain.core.errors import UserError
+from intttrain.train.checkpoint import CheckpointInfo, check_compatible, package_versions
+from tests.train.checkpoint_cases import (
+    make_info,
+)
+
+
+def flat_default() -> dict[str, Any]:
+    tree = default_config()
+    tree.data.train = ({"path": "/data/a", "weight": 1.0},)
+    return flatten(as_dict(resolve(tree)))
+
+
+def info_of(flat: dict[str, Any]) -> CheckpointInfo:
+    return dataclasses.replace(make_info(300), config=json.loads(json.dumps(flat)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"name": "other"}, {"train.log_every_steps": 1}, {"train.checkpoint.every_steps": 7}, {"train.microbatches": 2},
+     {"eval.documents": 3}, {"prepare.seed": 5}, {"data.prefetch_rows": 1}, {"data.heldout": "/elsewhere"},
+     {"model.remat": "none"}, {"model.attention": "dense"}, {"model.loss_chunk_tokens": 64},
+     {"model.ttt.implementation": "reference"}, {"data.train": ({"path": "/moved", "weight": 1.0},)}],
+)  # fmt: skip
+def test_keys_that_may_change(change):
+    flat = flat_default()
+    assert set(change) <= set(flat)
+    check_compatible(info_of(flat), flat | change, "abc")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"model.d_ff": 1}, {"model.ttt.eta": 0.5}, {"model.compute_dtype": "float32"}, {"data.seed": 1},
+     {"data.seq_len": 2048}, {"data.train": ({"path": "/data/a", "weight": 2.0},)}, {"train.batch_rows": 16},
+     {"train.num_steps": 5}, {"train.seed": 1}, {"train.optimizer.b2": 0.5}, {"train.schedule.kind": "wsd"}],
+)  # fmt: skip
+def test_keys_that_make_another_run(change):
+    flat = flat_default()
+    assert set(change) <= set(flat)
+    with pytest.raises(UserError, match=next(iter(change)).replace(".", r"\.")):
+        check_compatible(info_of(flat), flat | change, "abc")
+
+
+def test_all_differences_are_listed_with_both_values():
+    flat = flat_default()
+    changed = {key: value for key, value in flat.items() if not key.startswith("model.ttt")}
+    changed |= {"model.ttt": None, "train.seed": 9}
+    with pytest.raises(UserError) as caught:
+        check_compatible(info_of(flat), changed, "def")
+    message = str(caught.value)
+    for part in (
+        "saved at step 300",
+        "train.seed=0 in the checkpoint but 9 now",
+        "model.ttt.eta=0.3 in the checkpoint but not set now",
+        "model.ttt=not set in the checkpoint but null now",
+        "fingerprint abc in the checkpoint but def now",
+        "use another --workdir",
+    ):
+        assert part in message
+    assert "\n" not in message
+
+
+def test_package_versions_name_what_is_installed():
+    versions = package_versions()
+    assert versions["jax"] == jax.__version__ and versions["python"].count(".") == 2
+    assert {"optax", "orbax-checkpoint", "numpy"} <= set(versions)
