@@ -142,7 +142,8 @@ def _explain(error: BaseException, argv: Sequence[str]) -> str:
         return f"{where}unknown configuration key {first}; 'intttrain config --config=...' lists the keys there are"
     if where:
         return where + (first if isinstance(chain[-1], ValueError) else f"{type(chain[-1]).__name__}: {first}")
-    return next((message for message in messages if message.startswith("flag --")), first)
+    flag = next((message for message in messages if message.startswith("flag --")), first)
+    return f"--config: {first}" if "Traceback" in flag else flag
 
 
 def _message(error: BaseException) -> str:
