@@ -181,15 +181,16 @@ def gradients(
     return _program(shape, implementation)(leaves, segments_BT, case.document_B, along)
 
 
-def assert_close(actual: Any, wanted: Any, tolerance: float, what: str = "") -> None:
+def assert_close(actual: Any, wanted: Any, tolerance: float, what: str = "", terms: float = 1e-3) -> None:
     """Compares arrays with the error measured against the largest wanted value.
 
-    Sums of up to T products are formed in another order, so small entries carry the rounding of large ones.
+    Sums of up to T products are formed in another order, so small entries carry the rounding of large ones. Where the
+    sum itself cancels, ``terms`` says how large its terms are.
     """
     actual, wanted = np.asarray(actual, np.float64), np.asarray(wanted, np.float64)
     assert actual.shape == wanted.shape, (what, actual.shape, wanted.shape)
     assert np.all(np.isfinite(actual)), f"{what} is not finite"
-    scale = max(float(np.max(np.abs(wanted), initial=0.0)), 1e-3)
+    scale = max(float(np.max(np.abs(wanted), initial=0.0)), terms)
     error = float(np.max(np.abs(actual - wanted), initial=0.0)) / scale
     assert error <= tolerance, f"{what}: error {error:.2e} of the largest value {scale:.2e}, allowed {tolerance:.0e}"
 

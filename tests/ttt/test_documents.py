@@ -169,7 +169,9 @@ def test_two_pieces_with_a_state_equal_one_pass(name, cut, rows):
     assert_close(state.s_BDF, wanted.state.s_BDF, 1e-6, "state")
     assert_same(state.document_B, wanted.state.document_B)
     for leaf in grads:
-        assert_close(grads[leaf], wanted_grads[leaf], 1e-5, leaf)
+        # An update at its bound does not change with eta: that gradient is what remains of terms of order 1.
+        cancels = leaf == "eta" and case.transform.bounds_delta
+        assert_close(grads[leaf], wanted_grads[leaf], 1e-5, leaf, terms=1.0 if cancels else 1e-3)
 
 
 @dataclasses.dataclass(frozen=True)
