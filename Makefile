@@ -21,7 +21,7 @@ unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH
 
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check golden clean
+.PHONY: help demo test check golden clean
 
 python := $(VENV)/bin/python
 base   := $(VENV)/.installed-base
@@ -41,10 +41,7 @@ demo: $(base)
 	@PATH="$(abspath $(VENV))/bin:$$PATH" sh launch/demo.sh
 
 test: $(full)
-	$(python) -m pytest -n $(JOBS) --dist worksteal -m "not slow" $(TESTS)
-
-test-slow: $(full)
-	$(python) -m pytest -m slow $(TESTS) || { status=$$?; test $$status -eq 5 && echo "no slow tests"; }
+	$(python) -m pytest -n $(JOBS) --dist worksteal $(TESTS)
 
 check: $(full)
 	$(python) -m ruff check .
@@ -53,7 +50,7 @@ check: $(full)
 	PATH="$(abspath $(VENV))/bin:$$PATH" lint-imports --no-logo
 
 golden: $(full)
-	$(python) -m pytest -n $(JOBS) -m "not slow" --update-golden $(TESTS)
+	$(python) -m pytest -n $(JOBS) --update-golden $(TESTS)
 	@echo "Now read the difference: git diff tests/golden"
 
 clean:
