@@ -27,6 +27,7 @@ from intttrain.train import (
     StepMetrics,
     TrainState,
     abstract_state,
+    check_compatible,
     init_state,
     make_train_step,
     scalars,
@@ -111,6 +112,7 @@ def _start(
         report(f"{config.name}: new run, {size}, {config.train.num_steps} steps; compiling")
         return jax.jit(lambda: init_state(config))(), 0
     state, info = checkpoints.restore_latest(abstract_state(config))
+    check_compatible(info, identity.flat_config, identity.fingerprint)  # config.json may be another run's by now
     todo = "nothing is left to do" if info.step >= config.train.num_steps else f"{size}; compiling"
     report(f"{config.name}: resumed at step {info.step} of {config.train.num_steps}, {todo}")
     return cast(TrainState, state), info.data_cursor

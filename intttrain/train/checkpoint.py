@@ -342,17 +342,15 @@ def check_compatible(info: CheckpointInfo, flat_config: Mapping[str, Any], finge
     """
     old, new = _identity(info.config), _identity(flat_config)
     differences = [
-        f"{key}={_shown(old, key)} in the checkpoint but {_shown(new, key)} now"
+        f"{key}={_shown(old, key)} in the run but {_shown(new, key)} now"
         for key in sorted(old.keys() | new.keys())
         if _shown(old, key) != _shown(new, key)
     ]
     if info.fingerprint != fingerprint:
-        differences.append(
-            f"the token store has fingerprint {info.fingerprint} in the checkpoint but {fingerprint} now"
-        )
+        differences.append(f"the token store has fingerprint {info.fingerprint} in the run but {fingerprint} now")
     if differences:
         raise UserError(
-            f"this configuration does not continue the run saved at step {info.step}: {'; '.join(differences)}. "
+            f"this configuration does not continue the run in --workdir: {'; '.join(differences)}. "
             "Restore these values or use another --workdir"
         )
 

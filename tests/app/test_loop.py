@@ -195,10 +195,10 @@ def test_stop_at_a_step_that_is_behind_stops_at_once(world: World, copy_of: Copy
 @pytest.mark.parametrize(
     ("flag", "difference"),
     [
-        ("--config.train.num_steps=12", "train.num_steps=10 in the checkpoint but 12 now"),
-        ("--config.model.ttt.eta=0.5", "model.ttt.eta=0.3 in the checkpoint but 0.5 now"),
-        ("--config.train.seed=7", "train.seed=0 in the checkpoint but 7 now"),
-        ("--config.train.batch_rows=4", "train.batch_rows=2 in the checkpoint but 4 now"),
+        ("--config.train.num_steps=12", "train.num_steps=10 in the run but 12 now"),
+        ("--config.model.ttt.eta=0.5", "model.ttt.eta=0.3 in the run but 0.5 now"),
+        ("--config.train.seed=7", "train.seed=0 in the run but 7 now"),
+        ("--config.train.batch_rows=4", "train.batch_rows=2 in the run but 4 now"),
     ],
 )
 def test_another_configuration_is_refused_with_both_values(

@@ -61,11 +61,11 @@ def test_all_differences_are_listed_with_both_values():
         check_compatible(info_of(flat), changed, "def")
     message = str(caught.value)
     for part in (
-        "saved at step 300",
-        "train.seed=0 in the checkpoint but 9 now",
-        "model.ttt.eta=0.3 in the checkpoint but not set now",
-        "model.ttt=not set in the checkpoint but null now",
-        "fingerprint abc in the checkpoint but def now",
+        "the run in --workdir",
+        "train.seed=0 in the run but 9 now",
+        "model.ttt.eta=0.3 in the run but not set now",
+        "model.ttt=not set in the run but null now",
+        "fingerprint abc in the run but def now",
         "use another --workdir",
     ):
         assert part in message
