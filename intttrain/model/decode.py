@@ -8,9 +8,8 @@ Letters: B row, S cached keys, L layers, n TTT layers, K key/value heads, H head
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +25,7 @@ from intttrain.model.rope import rope_tables
 from intttrain.model.stages import plan_stages, scan_layers
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DecodeState:
+class DecodeState(NamedTuple):
     """What a batch of growing documents carries.
 
     Attributes:

@@ -5,10 +5,9 @@ Letters: B row, T tokens, D model width, F feed-forward width, V vocabulary, L l
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +23,7 @@ from intttrain.model.rope import rope_tables
 from intttrain.model.stages import plan_stages, scan_layers
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TTTStats:
+class TTTStats(NamedTuple):
     """Size of the updates, relative to the Frobenius norm of W0, without gradient.
 
     Attributes:
@@ -38,9 +35,7 @@ class TTTStats:
     state_norm_nBM: Float[Array, "*n B M"]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DecoderOutput:
+class DecoderOutput(NamedTuple):
     """Attributes:
     hidden_BTD: final, normalised hidden states in the compute dtype; ``token_nll`` turns them into losses.
     ttt: sizes of the updates; ``None`` for a dense model.

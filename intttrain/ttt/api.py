@@ -5,8 +5,7 @@ Letters: B row, T tokens, C tokens per chunk, M = T / C chunks, D model width, F
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +19,7 @@ from intttrain.ttt.transforms import DeltaTransform
 Implementation = Literal["auto", "chunked", "reference"]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class FastWeightOutput:
+class FastWeightOutput(NamedTuple):
     """Result of ``fast_weight_projection``.
 
     Attributes:

@@ -8,7 +8,7 @@ Letters: B row, C tokens per chunk, D model width, F feed-forward width.
 
 from __future__ import annotations
 
-import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +19,7 @@ from intttrain.ttt.targets import make_targets
 from intttrain.ttt.transforms import DeltaTransform, bound_delta, row_scale
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class FastWeightCache:
+class FastWeightCache(NamedTuple):
     """State of one TTT layer while decoding one document per row.
 
     Attributes:

@@ -8,19 +8,15 @@ Letters: B row, T tokens, C tokens per chunk, M chunks, D model width, F feed-fo
 
 from __future__ import annotations
 
-import dataclasses
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 NO_DOCUMENT = -1  # carried by a fresh state; equals no segment id
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class FastWeightState:
+class FastWeightState(NamedTuple):
     """What one TTT layer carries from one piece of a row to the next.
 
     Attributes:

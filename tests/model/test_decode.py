@@ -114,3 +114,12 @@ def test_a_stop_token_ends_the_continuation_and_sampling_is_seeded() -> None:
     first = free.tolist().index(int(free[4]))
     assert free.tolist() == again.tolist() != other.tolist()
     assert stopped.tolist() == free[: first + 1].tolist()
+
+
+def test_the_state_is_a_plain_tree_that_can_hold_shapes_and_shardings() -> None:
+    def init() -> Any:
+        return init_decode_state(BASE, 2, LENGTH)
+
+    shapes, shardings = jax.eval_shape(init), jax.tree.map(lambda leaf: leaf.sharding, init())
+    assert jax.tree.structure(shapes) == jax.tree.structure(init()) == jax.tree.structure(shardings)
+    assert shapes.ttt.s_BDF.shape == (2, 2, BASE.d_model, BASE.d_ff)
