@@ -94,7 +94,8 @@ def train(config: Config, workdir: Path, *, stop_at_step: int | None, report: Ca
                     checkpoints.should_save(step) and (bad := log.read_rest())
                 ):
                     _save_and_refuse(config, checkpoints, state, identity, bad)
-                checkpoints.save(step, _saved(state), identity.info(step, cursor))
+                with log.timer.excluded():
+                    checkpoints.save(step, _saved(state), identity.info(step, cursor))
             if bad := log.read_rest():
                 _save_and_refuse(config, checkpoints, state, identity, bad)
             checkpoints.save(step, _saved(state), identity.info(step, cursor), force=True)
@@ -154,7 +155,7 @@ class _Log:
 
     def __init__(self, config: Config, writers: MetricWriters, report: Callable[[str], None]):
         self._config, self._writers, self._report = config, writers, report
-        self._timer = StepTimer()
+        self.timer = StepTimer()
         self._pending: tuple[int, int, StepMetrics] | None = None
         self._warned = False
         self.last: dict[str, float] = {}
@@ -171,7 +172,7 @@ class _Log:
             return None
         (step, cursor, metrics), self._pending = self._pending, None
         numbers = scalars(self._config, metrics)
-        self._timer.tick(step)
+        self.timer.tick(step)
         if not bool(metrics.healthy):
             return _bad_step(self._config, step, cursor, metrics)
         self.last = numbers
@@ -183,7 +184,7 @@ class _Log:
 
     def _rates(self) -> dict[str, float]:
         train, tokens = self._config.train, self._config.train.batch_rows * self._config.data.seq_len
-        rate, left = self._timer.rate(tokens), self._timer.eta_seconds(train.num_steps)
+        rate, left = self.timer.rate(tokens), self.timer.eta_seconds(train.num_steps)
         known = {"tokens_per_second": rate, "eta_seconds": left}
         return {name: value for name, value in known.items() if value is not None}
 

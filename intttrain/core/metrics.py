@@ -210,6 +210,7 @@ class TensorBoardWriter:
         # Imported here: only the one process that writes pays for it.
         import tensorboardX
 
+        self._folder = folder
         with _as_user_error(folder):
             # The suffix keeps two starts within one second from writing over the same file.
             suffix = f".{start_step}.{os.getpid()}"
@@ -217,17 +218,20 @@ class TensorBoardWriter:
 
     def write(self, step: int, scalars: Mapping[str, Number]) -> None:
         """Adds one point per finite value."""
-        for key, value in scalars.items():
-            if math.isfinite(value):
-                self._writer.add_scalar(key, value, step)
+        with _as_user_error(self._folder):
+            for key, value in scalars.items():
+                if math.isfinite(value):
+                    self._writer.add_scalar(key, value, step)
 
     def flush(self) -> None:
         """Makes the points visible to TensorBoard."""
-        self._writer.flush()
+        with _as_user_error(self._folder):
+            self._writer.flush()
 
     def close(self) -> None:
         """Closes the event file."""
-        self._writer.close()
+        with _as_user_error(self._folder):
+            self._writer.close()
 
 
 def _keep_records_until(path: Path, start_step: int) -> None:
