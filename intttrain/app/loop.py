@@ -9,7 +9,7 @@ import signal
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -95,10 +95,10 @@ def train(config: Config, workdir: Path, *, stop_at_step: int | None, report: Ca
                 ):
                     _save_and_refuse(config, checkpoints, state, identity, bad)
                 with log.timer.excluded():
-                    checkpoints.save(step, _saved(state), identity.info(step, cursor))
+                    checkpoints.save(step, dict(state), identity.info(step, cursor))
             if bad := log.read_rest():
                 _save_and_refuse(config, checkpoints, state, identity, bad)
-            checkpoints.save(step, _saved(state), identity.info(step, cursor), force=True)
+            checkpoints.save(step, dict(state), identity.info(step, cursor), force=True)
             checkpoints.wait()
     return TrainResult(step, step >= config.train.num_steps, interrupts.received, log.last)
 
@@ -117,10 +117,6 @@ def _start(
     todo = "nothing is left to do" if info.step >= config.train.num_steps else f"{size}; compiling"
     report(f"{config.name}: resumed at step {info.step} of {config.train.num_steps}, {todo}")
     return cast(TrainState, state), info.data_cursor
-
-
-def _saved(state: TrainState) -> dict[str, Any]:
-    return dict(state)
 
 
 def _save_and_refuse(

@@ -18,10 +18,10 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from intttrain.core.config import ModelConfig
+from intttrain.core.config import ModelConfig, flatten
 from intttrain.core.errors import UserError
 from intttrain.interop.hf_config import FAMILIES, MODELING_FILE, make_hf_config, needs_modeling_file
-from intttrain.interop.names import HFTensor, flatten_params, leaf_shapes, list_tensors
+from intttrain.interop.names import HFTensor, leaf_shapes, list_tensors
 
 INDEX_FILE = "model.safetensors.index.json"
 DEFAULT_SHARD_BYTES = 5 * 10**9
@@ -119,7 +119,7 @@ def plan_shards(tensors: Sequence[HFTensor], dtype: Dtype, max_shard_bytes: int)
 
 def _check_params(params: Mapping[str, Any], model: ModelConfig) -> dict[str, Any]:
     """Returns the leaves by dotted path after comparing names and shapes with ``model``."""
-    leaves, expected = dict(flatten_params(dict(params))), leaf_shapes(model)
+    leaves, expected = flatten(params), leaf_shapes(model)
     for path, shape in expected.items():
         if path not in leaves:
             raise UserError(f"parameter {path} {shape} is missing; the checkpoint does not belong to this model config")

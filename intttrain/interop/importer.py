@@ -10,11 +10,11 @@ import ml_dtypes  # noqa: F401  (teaches numpy the bfloat16 that safetensors ret
 import numpy as np
 from safetensors import safe_open
 
-from intttrain.core.config import ModelConfig
+from intttrain.core.config import ModelConfig, unflatten
 from intttrain.core.errors import UserError
 from intttrain.interop.export import INDEX_FILE
 from intttrain.interop.hf_config import TTT_KEYS, read_hf_config
-from intttrain.interop.names import TTT_TENSOR, leaf_shapes, list_tensors, nest_params
+from intttrain.interop.names import TTT_TENSOR, leaf_shapes, list_tensors
 
 _SINGLE_FILE = "model.safetensors"
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
@@ -46,7 +46,7 @@ def load_hf_folder(path: Path) -> tuple[ModelConfig, dict[str, Any]]:
                     f"{config_path}: tie_word_embeddings is true, but lm_head.weight differs from "
                     "model.embed_tokens.weight; set tie_word_embeddings to false to keep both"
                 )
-    return model, nest_params(leaves)
+    return model, unflatten(leaves)
 
 
 class _Reader:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -128,27 +127,6 @@ def leaf_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
         "ttt": () if model.ttt is None else (len(model.ttt.layers),),
     }
     return {t.rule.path: stacks[t.rule.stack] + t.our_shape for t in list_tensors(model)}
-
-
-def flatten_params(params: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Array]]:
-    """Yields ``(dotted path, leaf)`` of a nested dict."""
-    for key, value in params.items():
-        if isinstance(value, dict):
-            yield from flatten_params(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def nest_params(flat: dict[str, Array]) -> dict[str, Any]:
-    """Returns the nested dict of dotted paths (the inverse of ``flatten_params``)."""
-    tree: dict[str, Any] = {}
-    for path, leaf in flat.items():
-        *parents, last = path.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree
 
 
 def _ttt_rules(model: ModelConfig) -> tuple[Rule, ...]:

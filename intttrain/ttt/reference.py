@@ -9,6 +9,8 @@ Letters: B row, T tokens, C tokens per chunk, M chunks, D model width, F feed-fo
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -62,16 +64,12 @@ def project_reference(
     return o_BTD, FastWeightState(s_BDF, document_B)
 
 
-@jax.tree_util.register_pytree_node_class
-class _Row:
-    """The inputs of one row (a pytree, so that ``vmap`` splits the batch)."""
+class _Row(NamedTuple):
+    """The inputs of one row; ``vmap`` splits the batch over its leaves."""
 
-    def __init__(self, *leaves: Array):
-        self.z_TF, self.v_TD, self.segment_ids_T, self.gates_M, self.s_DF, self.document = leaves
-
-    def tree_flatten(self) -> tuple[tuple[Array, ...], None]:
-        return (self.z_TF, self.v_TD, self.segment_ids_T, self.gates_M, self.s_DF, self.document), None
-
-    @classmethod
-    def tree_unflatten(cls, _: None, leaves: tuple[Array, ...]) -> _Row:
-        return cls(*leaves)
+    z_TF: Array
+    v_TD: Array
+    segment_ids_T: Array
+    gates_M: Array
+    s_DF: Array
+    document: Array

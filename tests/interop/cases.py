@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from intttrain.core.config import Llama3Scaling, ModelConfig, RopeConfig, TTTConfig, YarnScaling
+from intttrain.core.config import Llama3Scaling, ModelConfig, RopeConfig, TTTConfig, YarnScaling, unflatten
 from intttrain.interop.export import ExportResult, export_model
-from intttrain.interop.names import leaf_shapes, nest_params
+from intttrain.interop.names import leaf_shapes
 
 CHUNK = 4
 VOCAB = 50
@@ -45,7 +45,7 @@ def make_params(model: ModelConfig, seed: int = 0) -> dict[str, Any]:
             leaves[path] = 0.5 * noise
         else:
             leaves[path] = noise * np.float32(0.5 if path in ("embed.weight", "head.weight") else model.d_model**-0.5)
-    return nest_params(leaves)
+    return unflatten(leaves)
 
 
 def export(model: ModelConfig, output: Path, params: dict[str, Any] | None = None, **changes: Any) -> ExportResult:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from intttrain.core.config import flatten
 from intttrain.interop.importer import load_hf_folder
-from intttrain.interop.names import flatten_params, list_tensors
+from intttrain.interop.names import list_tensors
 from intttrain.model import Decoder
 from tests.interop.cases import CHUNK, LLAMA3, YARN, export, make_model, make_params, make_ttt, random_tokens
 
@@ -49,8 +50,8 @@ def pair(request, tmp_path):
 def make_decoder(model, params):
     decoder = Decoder(model, rngs=nnx.Rngs(0))
     pure = nnx.to_pure_dict(nnx.state(decoder, nnx.Param))
-    shapes = {path: leaf.shape for path, leaf in flatten_params(pure)}
-    assert shapes == {path: leaf.shape for path, leaf in flatten_params(params)}  # the tree that the table describes
+    shapes = {path: leaf.shape for path, leaf in flatten(pure).items()}
+    assert shapes == {path: leaf.shape for path, leaf in flatten(params).items()}  # the tree that the table describes
     nnx.update(decoder, jax.tree.map(jnp.asarray, params))
     return decoder
 
@@ -79,7 +80,7 @@ def test_gradient_of_the_loss(pair):
         return -jnp.take_along_axis(log_p, jnp.asarray(tokens)[:, 1:, None], axis=-1).mean()
 
     loss, gradients = nnx.value_and_grad(loss_of)(decoder)
-    ours = dict(flatten_params(nnx.to_pure_dict(gradients)))
+    ours = flatten(nnx.to_pure_dict(gradients))
     result = loaded(torch.as_tensor(tokens), labels=torch.as_tensor(tokens), use_cache=False)
     result.loss.backward()
     assert float(loss) == pytest.approx(result.loss.item(), abs=1e-5)

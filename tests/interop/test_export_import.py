@@ -11,17 +11,18 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from intttrain.core.config import flatten, unflatten
 from intttrain.core.errors import UserError
 from intttrain.interop import export as export_module
 from intttrain.interop.importer import load_hf_folder
-from intttrain.interop.names import flatten_params, list_tensors, nest_params
+from intttrain.interop.names import list_tensors
 from tests.interop.cases import export, make_model, make_params, make_ttt
 
 WHOLE = ("config.json", "generation_config.json", "model.safetensors", "modeling_intttrain.py")
 
 
 def assert_same(params, other):
-    ours, theirs = dict(flatten_params(params)), dict(flatten_params(other))
+    ours, theirs = flatten(params), flatten(other)
     assert ours.keys() == theirs.keys()
     for path, leaf in ours.items():
         np.testing.assert_array_equal(theirs[path], leaf, err_msg=path)
@@ -40,7 +41,7 @@ def test_folder_round_trip(tmp_path, family, tied, ttt):
     params = make_params(model)
     result = export(model, tmp_path / "out", params)
     assert result.files == (WHOLE if ttt else WHOLE[:-1])
-    assert result.parameters == sum(leaf.size for _, leaf in flatten_params(params))
+    assert result.parameters == sum(leaf.size for _, leaf in flatten(params).items())
     read_model, read_params = load_hf_folder(tmp_path / "out")
     assert (read_model.family, read_model.ttt, read_model.tie_embeddings) == (family, ttt, tied)
     assert_same(params, read_params)
@@ -53,9 +54,9 @@ def test_bfloat16_rounds_once(tmp_path):
     with safe_open(tmp_path / "out/model.safetensors", framework="numpy") as file:
         assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}  # noqa: SIM118
     _, read_params = load_hf_folder(tmp_path / "out")
-    assert {leaf.dtype for _, leaf in flatten_params(read_params)} == {np.dtype(np.float32)}
-    rounded = {path: leaf.astype(ml_dtypes.bfloat16).astype(np.float32) for path, leaf in flatten_params(params)}
-    assert_same(nest_params(rounded), read_params)
+    assert {leaf.dtype for _, leaf in flatten(read_params).items()} == {np.dtype(np.float32)}
+    rounded = {path: leaf.astype(ml_dtypes.bfloat16).astype(np.float32) for path, leaf in flatten(params).items()}
+    assert_same(unflatten(rounded), read_params)
 
 
 def test_shards(tmp_path, monkeypatch):

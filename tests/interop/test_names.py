@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from intttrain.interop.names import flatten_params, leaf_shapes, list_tensors, nest_params
+from intttrain.core.config import flatten, unflatten
+from intttrain.interop.names import leaf_shapes, list_tensors
 from tests.interop.cases import make_model, make_params, make_ttt
 
 # D 20, F 28, N 4, K 2, H 6, V 50; TTT in layers 0 and 2.
@@ -48,7 +49,7 @@ def test_names_and_shapes_are_the_releases(family, tied, dense):
 @pytest.mark.parametrize("ttt", [None, make_ttt(), make_ttt(target="next_hidden")], ids=["dense", "ttt", "next"])
 def test_round_trip_keeps_every_bit(family, tied, ttt):
     model = make_model(family, ttt, tie_embeddings=tied)
-    leaves = dict(flatten_params(make_params(model)))
+    leaves = flatten(make_params(model))
     back = {path: np.full_like(leaf, np.nan) for path, leaf in leaves.items()}
     for tensor in list_tensors(model):
         exported = tensor.export(leaves[tensor.rule.path])
@@ -86,5 +87,5 @@ def test_orientation_of_every_matrix():
 
 def test_flatten_and_nest_are_inverse():
     tree = {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
-    assert dict(flatten_params(tree)) == {"a.b": 1, "a.c.d": 2, "e": 3}
-    assert nest_params(dict(flatten_params(tree))) == tree
+    assert flatten(tree) == {"a.b": 1, "a.c.d": 2, "e": 3}
+    assert unflatten(flatten(tree)) == tree
