@@ -14,6 +14,7 @@ from absl import flags
 from intttrain.app.loop import NonFiniteError, train
 from intttrain.app.runs import Trained, load_trained, parameter_counts, write_json
 from intttrain.core.config import Config, as_dict, check_consistent, flatten, resolve
+from intttrain.core.distributed import process_index, start_distributed
 from intttrain.core.errors import UserError
 from intttrain.core.progress import human_count
 from intttrain.data import TokenStore, document_rows, prepare
@@ -83,18 +84,25 @@ def _plain(value: Any) -> Any:
 def train_model(values: flags.FlagValues) -> int:
     """Trains; the status tells whether the run was interrupted or met a step that is not finite."""
     config = resolve(values.config)
+    start_distributed()
+    first = process_index() == 0
     try:
-        result = train(config, Path(values.workdir), stop_at_step=values.stop_at_step, report=report)
+        result = train(
+            config, Path(values.workdir), stop_at_step=values.stop_at_step, report=report if first else lambda _: None
+        )
     except NonFiniteError as error:
         report(f"error: {error}")
         return 3
+    status = 0 if result.signal_number is None else 128 + result.signal_number
+    if not first:
+        return status
     loss = f", loss {result.metrics['loss']:.4f}" if "loss" in result.metrics else ""
     if result.finished:
         print(f"finished at step {result.step}{loss}; checkpoint in {Path(values.workdir) / 'checkpoints'}")
     else:
         print(f"stopped at step {result.step} of {config.train.num_steps}{loss}; saved: run the same command to go on")
     _finish(values, {"step": result.step, "finished": result.finished, "metrics": result.metrics})
-    return 0 if result.signal_number is None else 128 + result.signal_number
+    return status
 
 
 def evaluate_model(values: flags.FlagValues) -> int:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from intttrain.app.runs import Identity, claim_workdir, make_identity, parameter_counts
+from intttrain.core.agreement import largest, on_first_process
 from intttrain.core.config import Config
 from intttrain.core.distributed import process_count, process_index
 from intttrain.core.errors import UserError
@@ -24,12 +25,11 @@ from intttrain.core.progress import StepTimer, human_count
 from intttrain.data import describe_rows, make_batches, make_row_dataset
 from intttrain.train import (
     Checkpoints,
+    Program,
     StepMetrics,
     TrainState,
-    abstract_state,
     check_compatible,
-    init_state,
-    make_train_step,
+    make_program,
     scalars,
 )
 
@@ -70,25 +70,25 @@ def train(config: Config, workdir: Path, *, stop_at_step: int | None, report: Ca
       UserError: input that does not fit together, an occupied workdir, a checkpoint that cannot be written.
       NonFiniteError: names the step and its rows; the state before it is saved.
     """
+    program = make_program(config)
     identity = make_identity(config)
     dataset = make_row_dataset(config.data, config.model.vocab_size)
-    claim_workdir(workdir, identity)
-    with Checkpoints(workdir / "checkpoints", config.train.checkpoint) as checkpoints, _Interrupts() as interrupts:
-        state, cursor = _start(config, checkpoints, identity, report)
+    on_first_process(lambda: claim_workdir(workdir, identity))
+    with Checkpoints(workdir / "checkpoints", config.train.checkpoint) as checkpoints, _Interrupts(config) as interrupts:
+        state, cursor = _start(config, program, checkpoints, identity, report)
         start = int(state["step"])
         last = config.train.num_steps if stop_at_step is None else min(stop_at_step, config.train.num_steps)
-        step_function = jax.jit(make_train_step(config), donate_argnums=0)
         batches = make_batches(
-            dataset, batch_rows=config.train.batch_rows, cursor=cursor, process_index=process_index(),
-            process_count=process_count(), prefetch_rows=config.data.prefetch_rows,
+            dataset, batch_rows=config.train.batch_rows, cursor=cursor, local_rows=program.local_rows(),
+            prefetch_rows=config.data.prefetch_rows,
         )  # fmt: skip
         with make_metric_writers(
             workdir, num_steps=config.train.num_steps, start_step=start, process_index=process_index()
         ) as writers:
             log = _Log(config, writers, report)
             step = start
-            while step < last and interrupts.received is None:
-                state, metrics = step_function(state, next(batches))
+            while step < last and not interrupts.stop(step - start):
+                state, metrics = program.step(state, program.place(next(batches)))
                 step, cursor = step + 1, cursor + config.train.batch_rows
                 if (bad := log.read_one_late(step, cursor, metrics)) or (
                     checkpoints.should_save(step) and (bad := log.read_rest())
@@ -104,15 +104,15 @@ def train(config: Config, workdir: Path, *, stop_at_step: int | None, report: Ca
 
 
 def _start(
-    config: Config, checkpoints: Checkpoints, identity: Identity, report: Callable[[str], None]
+    config: Config, program: Program, checkpoints: Checkpoints, identity: Identity, report: Callable[[str], None]
 ) -> tuple[TrainState, int]:
     """Returns the state and the data cursor to go on from: the newest checkpoint, else a fresh model."""
     counts = parameter_counts(config)
     size = f"{human_count(counts['parameters'])} parameters ({human_count(counts['ttt_parameters'])} for TTT)"
     if checkpoints.latest_step() is None:
         report(f"{config.name}: new run, {size}, {config.train.num_steps} steps; compiling")
-        return jax.jit(lambda: init_state(config))(), 0
-    state, info = checkpoints.restore_latest(abstract_state(config))
+        return program.init(), 0
+    state, info = checkpoints.restore_latest(program.state)
     check_compatible(info, identity.flat_config, identity.fingerprint)  # config.json may be another run's by now
     todo = "nothing is left to do" if info.step >= config.train.num_steps else f"{size}; compiling"
     report(f"{config.name}: resumed at step {info.step} of {config.train.num_steps}, {todo}")
@@ -124,7 +124,7 @@ def _save_and_refuse(
 ) -> None:
     """Saves the state before the bad step, in which it is unchanged, and raises."""
     good, cursor = bad.step - 1, bad.cursor - config.train.batch_rows
-    healthy = {**state, "healthy": jnp.ones((), jnp.bool_)}
+    healthy = {**state, "healthy": jnp.logical_or(state["healthy"], True)}
     checkpoints.save(good, healthy, identity.info(good, cursor), force=True)
     checkpoints.wait()
     places = "; ".join(describe_rows(config.data, bad.rows[:3]))
@@ -206,8 +206,16 @@ def _bad_step(config: Config, step: int, cursor: int, metrics: StepMetrics) -> _
 class _Interrupts(contextlib.AbstractContextManager["_Interrupts"]):
     """Notes SIGTERM and Ctrl-C instead of dying, so that the loop can save first; a second Ctrl-C kills."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: Config) -> None:
         self.received: int | None = None
+        self._ask_every = config.train.log_every_steps if process_count() > 1 else 1
+
+    def stop(self, step: int) -> bool:
+        """Returns whether a process was interrupted; all get the same answer, at multiples of ``log_every_steps``."""
+        if step % self._ask_every == 0:
+            self.received = largest(self.received or 0) or None
+            return self.received is not None
+        return False
 
     def __enter__(self) -> _Interrupts:
         self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -97,8 +97,9 @@ class ModelConfig:
     initializer_range: PositiveFloat = 0.02
     sliding_window: PositiveInt | None = None  # a query sees this many tokens, itself included; None = all
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    attention: Literal["auto", "dense", "banded"] = "auto"
-    remat: Literal["none", "full", "dots", "attention"] = "full"
+    weight_gradient_dtype: Literal["float32", "bfloat16"] = "float32"  # in which they are summed over devices
+    attention: Literal["auto", "dense", "banded", "splash"] = "auto"
+    remat: Literal["none", "full", "attention", "qkv", "dots", "offload"] = "full"
     loss_chunk_tokens: PositiveInt = 512  # positions whose logits exist at the same time
 
 
@@ -220,6 +221,17 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class MeshConfig:
+    """How devices are arranged: the product of the four axes is their number (``docs/sharding.md``)."""
+
+    data: PositiveInt = 1  # whole copies of the parameters; the slices of a multi-slice job lie along it
+    fsdp: PositiveInt | None = None  # pieces that parameters and optimizer are cut into; None = all devices left over
+    context: PositiveInt = 1  # pieces of every row
+    tensor: PositiveInt = 1  # pieces of heads, feed-forward width and vocabulary
+    slices: PositiveInt = 1  # TPU slices, joined by the data-center network; divides data
+
+
+@dataclass(frozen=True, config=_STRICT)
 class EvalConfig:
     """Held-out loss by position in the document."""
 
@@ -242,6 +254,7 @@ class Config:
     prepare: PrepareConfig
     train: TrainConfig
     eval: EvalConfig
+    mesh: MeshConfig = MeshConfig()
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -434,6 +447,11 @@ def _check_train(config: Config) -> None:
         raise UserError(
             f"data.align_documents={data.align_documents} does not divide data.seq_len={data.seq_len}; "
             f"use one of {nearest_divisors(data.seq_len, data.align_documents)}"
+        )
+    if config.mesh.data % config.mesh.slices:
+        raise UserError(
+            f"mesh.slices={config.mesh.slices} does not divide mesh.data={config.mesh.data}: slices lie along that axis; "
+            f"use mesh.data={config.mesh.slices * -(-config.mesh.data // config.mesh.slices)}"
         )
     schedule = train.schedule
     if schedule.kind == "cosine" and schedule.decay_steps:

@@ -19,7 +19,7 @@ from pathlib import Path
 import grain
 
 from intttrain.core.config import DataConfig
-from intttrain.core.errors import UserError, nearest_divisors
+from intttrain.core.errors import UserError
 from intttrain.data.batch import Batch
 from intttrain.data.packing import PACKING_VERSION, PackedRows, stack_rows
 from intttrain.data.permutation import derive_seed
@@ -73,37 +73,27 @@ def make_row_dataset(config: DataConfig, model_vocab_size: int) -> grain.MapData
 
 
 def make_batches(
-    dataset: grain.MapDataset[Batch], *, batch_rows: int, cursor: int, process_index: int, process_count: int,
-    prefetch_rows: int,
-) -> Iterator[Batch]:  # fmt: skip
-    """Returns the endless iterator of this process's part of every batch, arrays [batch_rows / process_count, T].
+    dataset: grain.MapDataset[Batch], *, batch_rows: int, cursor: int, local_rows: Sequence[int], prefetch_rows: int
+) -> Iterator[Batch]:
+    """Returns the endless iterator of this process's part of every batch, arrays [len(local_rows), T].
 
-    Step s covers the global rows ``cursor + s * batch_rows`` up to ``cursor + (s + 1) * batch_rows``; process p gets
-    the p-th contiguous slice of them. After s steps the cursor to store is ``cursor + s * batch_rows``.
+    Step s covers the global rows ``cursor + s * batch_rows`` up to ``cursor + (s + 1) * batch_rows``; this process
+    reads those at the places ``local_rows`` among them. After s steps the cursor to store is
+    ``cursor + s * batch_rows``.
 
     Args:
       dataset: from ``make_row_dataset``.
       batch_rows: rows per step over all processes.
       cursor: rows consumed before the first step.
-      process_index, process_count: this process and how many there are.
+      local_rows: places in the batch, 0 to ``batch_rows - 1``, that this process reads.
       prefetch_rows: rows that threads read ahead in this process.
-
-    Raises:
-      UserError: ``process_count`` does not divide ``batch_rows``.
     """
-    if batch_rows % process_count:
-        raise UserError(
-            f"train.batch_rows={batch_rows} is not divisible by the {process_count} processes; "
-            f"use a multiple of {process_count} such as {-(-batch_rows // process_count) * process_count}, "
-            f"or {' or '.join(map(str, nearest_divisors(batch_rows, process_count)))} processes"
-        )
-    if cursor < 0 or not 0 <= process_index < process_count:
-        raise ValueError(f"{cursor=}, {process_index=}, {process_count=}")
-    local_rows = batch_rows // process_count
-    selection = _ProcessRows(cursor + process_index * local_rows, batch_rows, local_rows)
+    if cursor < 0 or not local_rows or not all(0 <= place < batch_rows for place in local_rows):
+        raise ValueError(f"{cursor=}, {batch_rows=}, {local_rows=}")
+    selection = _ProcessRows(cursor, batch_rows, tuple(local_rows))
     options = grain.ReadOptions(num_threads=min(prefetch_rows, _MAX_READ_THREADS), prefetch_buffer_size=prefetch_rows)
     rows = grain.MapDataset.select_from_datasets([dataset], selection).to_iter_dataset(options)
-    return iter(rows.batch(local_rows, drop_remainder=True, batch_fn=stack_rows))
+    return iter(rows.batch(len(local_rows), drop_remainder=True, batch_fn=stack_rows))
 
 
 def mixture_fingerprint(config: DataConfig) -> str:
@@ -178,14 +168,14 @@ def _shares(config: DataConfig) -> list[int]:
 class _ProcessRows(grain.transforms.DatasetSelectionMap):
     """Maps the i-th row that this process reads to its global row."""
 
-    def __init__(self, first: int, stride: int, local_rows: int) -> None:
-        self._first = first
-        self._stride = stride
+    def __init__(self, cursor: int, batch_rows: int, local_rows: tuple[int, ...]) -> None:
+        self._cursor = cursor
+        self._batch_rows = batch_rows
         self._local_rows = local_rows
 
     def __len__(self) -> int:
-        return (sys.maxsize - self._first) // self._stride
+        return (sys.maxsize - self._cursor) // self._batch_rows - 1
 
     def __getitem__(self, index: int) -> tuple[int, int]:
-        step, place = divmod(index, self._local_rows)
-        return 0, self._first + step * self._stride + place
+        step, place = divmod(index, len(self._local_rows))
+        return 0, self._cursor + step * self._batch_rows + self._local_rows[place]

@@ -1,7 +1,8 @@
 """Causal grouped-query attention inside documents: the module and its XLA back ends.
 
 ``dense`` forms all T x T scores; ``banded`` cuts a sliding window into blocks and forms only the band, so time
-and memory grow with T * window. Both give the same numbers.
+and memory grow with T * window; ``splash`` is the TPU kernel (``splash.py``). All give the same numbers; ``auto`` takes
+splash on TPUs, banded for windows of less than half a row, dense otherwise.
 
 Letters: B row, T query tokens, S key tokens, D model width, N query heads, K key/value heads, G = N / K,
 H head dim, W window.
@@ -12,11 +13,16 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from intttrain.core.config import ModelConfig
+from intttrain.core.errors import UserError
+from intttrain.core.sharding import constrain, platform
 from intttrain.model.layers import make_param, rms_norm
+from intttrain.model.linear import linear
 from intttrain.model.rope import RopeTables, rotate
+from intttrain.model.splash import splash_attention, supports
 
 
 class Attention(nnx.Module):
@@ -34,11 +40,16 @@ class Attention(nnx.Module):
             self.q_norm = make_param(rngs, stack, (h,), ("norm",), None)
             self.k_norm = make_param(rngs, stack, (h,), ("norm",), None)
         self.norm_eps = config.norm_eps
+        self.gradient_dtype = config.weight_gradient_dtype
 
     def project(self, x_BTD: Float[Array, "B T D"], rope: RopeTables) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Returns rotated queries (B T N H), rotated keys and values (B T K H)."""
         q_BTNH, k_BTKH, v_BTKH = (
-            jnp.einsum("btd,dnh->btnh", x_BTD, weight[...].astype(x_BTD.dtype)) for weight in (self.q, self.k, self.v)
+            checkpoint_name(
+                constrain(linear("btd,dnh->btnh", x_BTD, weight, self.gradient_dtype), "batch", "tokens", heads, "head_dim"),
+                "qkv",
+            )
+            for weight, heads in ((self.q, "heads"), (self.k, "kv_heads"), (self.v, "kv_heads"))
         )
         if self.has_qk_norm:
             q_BTNH = rms_norm(q_BTNH, self.q_norm[...], self.norm_eps)
@@ -47,7 +58,8 @@ class Attention(nnx.Module):
 
     def output(self, o_BTNH: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
         """Returns the block's contribution to the residual stream."""
-        return jnp.einsum("btnh,nhd->btd", o_BTNH, self.o[...].astype(o_BTNH.dtype))
+        o_BTD = linear("btnh,nhd->btd", o_BTNH, self.o, self.gradient_dtype)
+        return constrain(o_BTD, "batch", "tokens", "width")
 
 
 def attend(
@@ -59,6 +71,12 @@ def attend(
 ) -> Float[Array, "B T N H"]:
     """Attends from every token to itself and the tokens before it in its document and window."""
     window, seq_len = config.sliding_window, q_BTNH.shape[1]
+    if config.attention == "splash" or (config.attention == "auto" and platform() == "tpu"):
+        obstacle = supports(seq_len, config.head_dim)
+        if not obstacle:
+            return splash_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, window, interpret=platform() != "tpu")
+        if config.attention == "splash":
+            raise UserError(f'model.attention="splash": {obstacle}; use "auto" or "dense"')
     banded = config.attention == "banded" or (config.attention == "auto" and 2 * (window or seq_len) < seq_len)
     if banded and window is not None:
         return banded_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, window)

@@ -79,7 +79,7 @@ def decode_step(
         h_B1D = layer.mlp_norm(x_B1D)
         z_B1F = layer.mlp.activate(h_B1D)
         if ttt_inputs is None or config.ttt is None:
-            o_B1D = ttt.project(z_B1F, layer.mlp.down[...]).astype(x_B1D.dtype)
+            o_B1D = layer.mlp.project(z_B1F).astype(x_B1D.dtype)
             return x_B1D + o_B1D, (k_BSKH, v_BSKH), None
         fast = merge_ttt(ttt_inputs[0])
         source_B1D = x0_B1D if config.ttt.target == "input_embed" else h_B1D

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from intttrain import ttt
 from intttrain.core.config import ModelConfig, TTTConfig
+from intttrain.core.sharding import constrain
 from intttrain.model.attention import Attention, attend
 from intttrain.model.layers import MLP, Embedding, RMSNorm, TTTParams
 from intttrain.model.rope import rope_tables
@@ -136,36 +137,47 @@ def _apply_layer(
     config: ModelConfig, layer: DecoderLayer, ttt_layer: TTTParams | None, x_BTD: jax.Array, context: tuple[Any, ...]
 ) -> tuple[jax.Array, None, TTTStats | None]:
     x0_BTD, rope, segment_ids_BT, eta = context
+    x_BTD = checkpoint_name(constrain(x_BTD, "batch", "tokens", "width"), "layer_input")
     with jax.named_scope("attention"):
         q_BTNH, k_BTKH, v_BTKH = layer.attention.project(layer.attention_norm(x_BTD), rope)
         o_BTNH = attend(config, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
-        x_BTD = x_BTD + layer.attention.output(checkpoint_name(o_BTNH, "attention"))
+        x_BTD = checkpoint_name(x_BTD + layer.attention.output(checkpoint_name(o_BTNH, "attention")), "residual")
     with jax.named_scope("mlp"):
         h_BTD = layer.mlp_norm(x_BTD)
         z_BTF = layer.mlp.activate(h_BTD)
         if ttt_layer is None or config.ttt is None:
-            return x_BTD + ttt.project(z_BTF, layer.mlp.down[...]).astype(x_BTD.dtype), None, None
-        source_BTD = x0_BTD if config.ttt.target == "input_embed" else h_BTD
-        v_BTD = ttt.make_targets(
-            source_BTD, ttt_layer.target[...], ttt_layer.conv_or_none(), segment_ids_BT, config.ttt.chunk_tokens
-        )
+            return x_BTD + layer.mlp.project(z_BTF).astype(x_BTD.dtype), None, None
+        v_BTD = ttt_layer.values(x0_BTD if config.ttt.target == "input_embed" else h_BTD, segment_ids_BT)
+        base_BTD = None if config.ttt.implementation == "reference" else layer.mlp.project(z_BTF)
         fast = ttt.fast_weight_projection(
             z_BTF, v_BTD, layer.mlp.down[...], segment_ids_BT, chunk_tokens=config.ttt.chunk_tokens, eta=eta,
-            transform=delta_transform(config.ttt), implementation=config.ttt.implementation,
+            base_BTD=base_BTD, transform=delta_transform(config.ttt), implementation=config.ttt.implementation,
         )  # fmt: skip
     return x_BTD + fast.o_BTD, None, TTTStats(fast.delta_norm_BM, fast.state_norm_BM)
 
 
-def _remat(block: Any, policy: str) -> Any:
-    """Wraps a layer so that its activations are recomputed in the backward pass, except what ``policy`` keeps.
+# What a layer keeps for the backward pass beside its input; the rest is computed again. Per token and layer, in the
+# compute dtype: attention N * H (cheap to keep, expensive to recompute in long rows), qkv (N + 2 K) * H, residual D,
+# mlp 2 F. "none" keeps everything, elementwise results too.
+REMAT_KEEPS: dict[str, tuple[str, ...]] = {
+    "full": (),
+    "attention": ("attention",),
+    "qkv": ("attention", "qkv", "residual"),
+    "dots": ("attention", "qkv", "residual", "mlp"),
+}
+OFFLOADED = ("layer_input", "attention")  # by "offload", to the memory of the host
 
-    ``none`` keeps everything, ``full`` nothing but the layer's input, ``dots`` the matmul outputs, ``attention``
-    the attention output (cheap to keep, expensive to recompute in long rows).
-    """
-    policies = {
-        "full": jax.checkpoint_policies.nothing_saveable,
-        "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
-        "attention": jax.checkpoint_policies.save_only_these_names("attention"),
-    }
+
+def _remat(block: Any, policy: str) -> Any:
+    """Wraps a layer so that its activations are recomputed in the backward pass, except what ``policy`` keeps."""
+    if policy == "none":
+        return block
+    if policy == "offload":
+        keep = jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[], names_which_can_be_offloaded=list(OFFLOADED),
+            offload_src="device", offload_dst="pinned_host",
+        )  # fmt: skip
+    else:
+        keep = jax.checkpoint_policies.save_only_these_names(*REMAT_KEEPS[policy])
     # prevent_cse is needed only outside scans; a layer outside one may at worst keep its activations.
-    return block if policy == "none" else jax.checkpoint(block, policy=policies[policy], prevent_cse=False)
+    return jax.checkpoint(block, policy=keep, prevent_cse=False)

@@ -10,10 +10,13 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from intttrain import ttt
 from intttrain.core.config import ModelConfig
-from intttrain.ttt import CONV_TAPS
+from intttrain.core.sharding import constrain
+from intttrain.model.linear import linear, lookup
 
 
 def make_param(
@@ -55,9 +58,10 @@ class Embedding(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         shape = (config.vocab_size, config.d_model)
         self.weight = make_param(rngs, (), shape, ("vocab", "embed"), config.initializer_range)
+        self.gradient_dtype = config.weight_gradient_dtype
 
     def __call__(self, tokens_BT: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
-        return self.weight[...][tokens_BT].astype(dtype)
+        return lookup(tokens_BT, self.weight, dtype, self.gradient_dtype)
 
 
 class MLP(nnx.Module):
@@ -68,12 +72,18 @@ class MLP(nnx.Module):
         self.gate = make_param(rngs, stack, (d, f), ("embed", "mlp"), scale)
         self.up = make_param(rngs, stack, (d, f), ("embed", "mlp"), scale)
         self.down = make_param(rngs, stack, (d, f), ("embed", "mlp"), scale)
+        self.gradient_dtype = config.weight_gradient_dtype
 
     def activate(self, h_BTD: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
         """Returns ``z = silu(h Wgate) * (h Wup)``."""
-        gate_BTF = jnp.einsum("btd,df->btf", h_BTD, self.gate[...].astype(h_BTD.dtype))
-        up_BTF = jnp.einsum("btd,df->btf", h_BTD, self.up[...].astype(h_BTD.dtype))
-        return jax.nn.silu(gate_BTF) * up_BTF
+        gate_BTF = checkpoint_name(linear("btd,df->btf", h_BTD, self.gate, self.gradient_dtype), "mlp")
+        up_BTF = checkpoint_name(linear("btd,df->btf", h_BTD, self.up, self.gradient_dtype), "mlp")
+        return constrain(jax.nn.silu(gate_BTF) * up_BTF, "batch", "tokens", "mlp")
+
+    def project(self, z_BTF: Float[Array, "B T F"]) -> Float[Array, "B T D"]:
+        """Returns ``W0 z``, fp32."""
+        o_BTD = linear("btf,df->btd", z_BTF, self.down, self.gradient_dtype, jnp.dtype(jnp.float32))
+        return constrain(o_BTD, "batch", "tokens", "width")
 
 
 class TTTParams(nnx.Module):
@@ -88,13 +98,20 @@ class TTTParams(nnx.Module):
         assert config.ttt is not None
         d = config.d_model
         self.has_conv = config.ttt.target != "next_hidden"
+        self.chunk_tokens = config.ttt.chunk_tokens
+        self.gradient_dtype = config.weight_gradient_dtype
         self.target = make_param(rngs, stack, (d, d), ("embed", "target"), 0.0)
         if self.has_conv:
-            self.conv = make_param(rngs, stack, (CONV_TAPS, d), ("taps", "embed"), 0.0)
+            self.conv = make_param(rngs, stack, (ttt.CONV_TAPS, d), ("taps", "embed"), 0.0)
             diagonal = config.initializer_range * jax.random.normal(rngs.params(), (*stack, d), jnp.float32)
             self.target[...] = diagonal[..., :, None] * jnp.eye(d, dtype=jnp.float32).reshape(
                 (1,) * len(stack) + (d, d)
             )
+
+    def values(self, x_BTD: Float[Array, "B T D"], segment_ids_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Returns what the fast weight is taught, ``ttt.make_targets`` of the target source."""
+        u_BTD = ttt.mix_neighbours(x_BTD, self.conv_or_none(), segment_ids_BT, self.chunk_tokens)
+        return constrain(linear("btd,de->bte", u_BTD, self.target, self.gradient_dtype), "batch", "tokens", "width")
 
     def conv_or_none(self) -> jax.Array | None:
         """Returns the taps (W x D), ``None`` for ``next_hidden``."""

@@ -2,6 +2,7 @@
 
 from intttrain.train.checkpoint import CheckpointInfo, Checkpoints, check_compatible
 from intttrain.train.optimizer import make_optimizer, make_schedule
+from intttrain.train.program import Program, make_program
 from intttrain.train.step import (
     StepFunction,
     StepMetrics,
@@ -15,6 +16,7 @@ from intttrain.train.step import (
 __all__ = [
     "CheckpointInfo",
     "Checkpoints",
+    "Program",
     "StepFunction",
     "StepMetrics",
     "TrainState",
@@ -22,6 +24,7 @@ __all__ = [
     "check_compatible",
     "init_state",
     "make_optimizer",
+    "make_program",
     "make_schedule",
     "make_train_step",
     "scalars",

@@ -150,18 +150,22 @@ def _accumulate(config: Config, params: Params, batch: Batch, eta: jax.Array) ->
         (_, sums), grads = gradient(params, piece)
         return jax.tree.map(jnp.add, total, grads), sums
 
-    split = jax.tree.map(lambda x: x.reshape(pieces, x.shape[0] // pieces, *x.shape[1:]), batch)
+    # Every piece takes its rows from all devices (row r belongs to piece r % pieces), so that none has to move.
+    split = jax.tree.map(lambda x: x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]).swapaxes(0, 1), batch)
     grads, stacked = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), split)
     ttt = None
     if stacked.ttt is not None:
         ttt = {"delta": jnp.mean(stacked.ttt["delta"], axis=0), "state": jnp.max(stacked.ttt["state"], axis=0)}
-    return _Sums(stacked.nll_B.reshape(-1), stacked.weight_B.reshape(-1), ttt), grads
+    return _Sums(stacked.nll_B.T.reshape(-1), stacked.weight_B.T.reshape(-1), ttt), grads
 
 
 def _loss_sums(config: Config, params: Params, batch: Batch, eta: jax.Array) -> tuple[jax.Array, _Sums]:
     decoder = bind(config.model, params)
     output = decoder(batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, eta=eta)
-    nll_BT = token_nll(output.hidden_BTD, decoder.output_weight(), batch.labels_BT, config.model.loss_chunk_tokens)
+    model = config.model
+    nll_BT = token_nll(
+        output.hidden_BTD, decoder.output_weight(), batch.labels_BT, model.loss_chunk_tokens, model.weight_gradient_dtype
+    )
     nll_B = jnp.sum(nll_BT * batch.loss_weights_BT, axis=1)
     sums = _Sums(nll_B, jnp.sum(batch.loss_weights_BT, axis=1), _ttt_sizes(output.ttt))
     return jnp.sum(nll_B), sums

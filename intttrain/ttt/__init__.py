@@ -11,7 +11,7 @@ W conv taps.
 from intttrain.ttt.api import FastWeightOutput, fast_weight_projection, project
 from intttrain.ttt.decode import FastWeightCache, decode_projection, init_cache
 from intttrain.ttt.layout import ChunkLayout, FastWeightState, init_state, make_layout
-from intttrain.ttt.targets import CONV_TAPS, make_targets
+from intttrain.ttt.targets import CONV_TAPS, make_targets, mix_neighbours
 from intttrain.ttt.transforms import DeltaTransform
 
 __all__ = [
@@ -27,5 +27,6 @@ __all__ = [
     "init_state",
     "make_layout",
     "make_targets",
+    "mix_neighbours",
     "project",
 ]

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from intttrain.core.sharding import constrain
 from intttrain.ttt.chunked import scan_chunks
 from intttrain.ttt.layout import FastWeightState, init_state, make_layout
 from intttrain.ttt.reference import project_reference
@@ -50,6 +51,7 @@ def fast_weight_projection(
     eta: Float[Array, ""],
     gates_BM: Float[Array, "B M"] | None = None,
     state: FastWeightState | None = None,
+    base_BTD: Float[Array, "B T D"] | None = None,
     transform: DeltaTransform = DeltaTransform(),
     implementation: Implementation = "auto",
 ) -> FastWeightOutput:
@@ -64,6 +66,8 @@ def fast_weight_projection(
       eta: size of an update, traced; 0 switches updates off and leaves exactly the plain projection.
       gates_BM: multiplies each chunk's update, traced; default 1.
       state: what is carried in from the piece before; default nothing.
+      base_BTD: fp32 ``W0 z`` where the caller has it (stored in pieces, W0 needs a matmul of its own); it then carries
+        the whole gradient of W0. Not for ``reference``.
       transform: bounds on updates, static.
       implementation: ``reference`` (the definition, for tests), ``chunked`` or ``auto`` (chunked).
 
@@ -85,6 +89,8 @@ def fast_weight_projection(
         gates_BM = jnp.ones((rows, chunks), jnp.float32)
     eta = jnp.asarray(eta, jnp.float32)
     if implementation == "reference":
+        if base_BTD is not None:
+            raise ValueError("the reference computes W0 z itself; do not pass base_BTD")
         o_BTD, end = project_reference(
             z_BTF, v_BTD, w_down_DF, segment_ids_BT, chunk_tokens, eta, gates_BM, layout_state, transform
         )
@@ -95,8 +101,10 @@ def fast_weight_projection(
     v_BMCD = v_BTD.reshape(rows, chunks, chunk_tokens, -1)
     frozen_DF = jax.lax.stop_gradient(w_down_DF)
     with jax.named_scope("ttt_scan"):
-        scanned = scan_chunks(transform, z_BMCF, v_BMCD, frozen_DF, layout, gates_BM, eta, layout_state.s_BDF)
-    o_BTD = project(z_BTF, w_down_DF) + scanned.c_BMCD.reshape(rows, seq_len, -1)
+        s_in_BDF = constrain(layout_state.s_BDF, "batch", "width", "mlp")
+        scanned = scan_chunks(transform, z_BMCF, v_BMCD, frozen_DF, layout, gates_BM, eta, s_in_BDF)
+    base_BTD = project(z_BTF, w_down_DF) if base_BTD is None else base_BTD
+    o_BTD = base_BTD + scanned.c_BMCD.reshape(rows, seq_len, -1)
     if transform.preserve_row_norm:
         scale_BMCD = jnp.where(layout.reads_BMC[..., None] > 0, scanned.scale_BMD[:, :, None, :], 1.0)
         o_BTD = o_BTD * jax.lax.stop_gradient(scale_BMCD.reshape(o_BTD.shape))

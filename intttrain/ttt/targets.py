@@ -23,9 +23,22 @@ def make_targets(
 ) -> Float[Array, "B T D"]:
     """Returns ``v_t = (sum_k conv[k] x_{t+k}) W_target`` in the dtype of ``x_BTD``.
 
+    ``w_target_DD`` is used as D_in x D_out (a row vector times this matrix); the rest as in ``mix_neighbours``.
+    """
+    u_BTD = mix_neighbours(x_BTD, conv_WD, segment_ids_BT, chunk_tokens)
+    return jnp.einsum("btd,de->bte", u_BTD, w_target_DD.astype(x_BTD.dtype))
+
+
+def mix_neighbours(
+    x_BTD: Float[Array, "B T D"],
+    conv_WD: Float[Array, "W D"] | None,
+    segment_ids_BT: Int[Array, "B T"],
+    chunk_tokens: int,
+) -> Float[Array, "B T D"]:
+    """Returns ``u_t = sum_k conv[k] x_{t+k}`` in the dtype of ``x_BTD``.
+
     Args:
       x_BTD: the target source: token embeddings or the MLP's normalised input.
-      w_target_DD: used as D_in x D_out (a row vector times this matrix).
       conv_WD: depthwise taps, offsets -(W // 2) to W // 2; ``None`` takes the next position alone
         (TTT-NTP, arXiv 2606.21803), zero at the last token of a chunk or document.
       segment_ids_BT: documents; 0 is padding.
@@ -44,8 +57,7 @@ def make_targets(
             for tap in range(taps)
         ]
         u_BMCD = sum(terms[1:], start=terms[0])
-    v_BMCD = jnp.einsum("bmcd,de->bmce", u_BMCD, w_target_DD.astype(x_BTD.dtype))
-    return v_BMCD.reshape(rows, seq_len, width)
+    return u_BMCD.reshape(rows, seq_len, width)
 
 
 def _neighbour(

@@ -22,7 +22,7 @@ from intttrain.app import loop
 from intttrain.core.config import Config
 from intttrain.core.metrics import METRICS_FILE, read_metrics
 from intttrain.data import Batch
-from intttrain.train import TrainState
+from intttrain.train import Program, TrainState
 from tests.app.paused import WAITING
 from tests.app.small import (
     BATCH_ROWS,
@@ -262,14 +262,17 @@ def test_non_finite_step_is_not_applied_and_names_its_row(
 def test_a_model_that_starts_broken_is_refused_at_its_first_step(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    init_state = loop.init_state
+    make_program = loop.make_program
 
-    def init_broken_state(config: Config) -> TrainState:
-        state = init_state(config)
+    def make_broken_program(config: Config) -> Program:
+        program = make_program(config)
+        return dataclasses.replace(program, init=lambda: broken(program.init()))
+
+    def broken(state: TrainState) -> TrainState:
         params: Any = jax.tree.map(lambda leaf: leaf.at[0].set(jnp.inf), state["params"])
         return {**state, "params": params}
 
-    monkeypatch.setattr(loop, "init_state", init_broken_state)
+    monkeypatch.setattr(loop, "make_program", make_broken_program)
     line = error_line(cli("train", world.config, f"--workdir={tmp_path / 'run'}"), status=3, after_other_lines=True)
     assert "step 1: loss=nan" in line and "step 0 is saved" in line
     assert "row 0:" in line and "row 1:" in line  # nothing says which one it was

@@ -101,8 +101,8 @@ def test_the_future_has_no_value_either(target):
         assert value_changes(with_ttt(CONFIG, target=target), s) == s
 
 
-def _across_chunks(make, x, w, conv, ids, chunk_tokens):
-    return make(x, w, conv, ids, x.shape[1])
+def _across_chunks(mix, x, conv, ids, chunk_tokens):
+    return mix(x, conv, ids, x.shape[1])
 
 
 def _inclusive(read, s_BDF, chunk):
@@ -115,7 +115,7 @@ def _all_visible(make, *arguments):
 
 
 def test_a_planted_convolution_across_chunks_is_seen(monkeypatch):
-    monkeypatch.setattr(ttt, "make_targets", functools.partial(_across_chunks, ttt.make_targets))
+    monkeypatch.setattr(ttt, "mix_neighbours", functools.partial(_across_chunks, ttt.mix_neighbours))
     _, ids_BT, positions_BT, _ = rows((T,))
     assert np.any(future(influence(with_ttt(CONFIG, eta=0.2), ids_BT, positions_BT, compile_influence)) > 0)
 

@@ -1,0 +1,46 @@
+"""What the processes of a run have to agree on before they go on; every process makes the same calls in the same order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from jax.experimental import multihost_utils
+
+from intttrain.core.distributed import process_count, process_index
+from intttrain.core.errors import UserError
+
+_MESSAGE_BYTES = 4096
+
+
+def on_first_process(action: Callable[[], None]) -> None:
+    """Runs ``action`` on process 0 while the others wait.
+
+    Raises:
+      UserError: on every process, if ``action`` raised one; nobody is left waiting.
+    """
+    message = ""
+    if process_index() == 0:
+        try:
+            action()
+        except UserError as error:
+            message = str(error)
+    if process_count() > 1:
+        message = _from_first(message)
+    if message:
+        raise UserError(message)
+
+
+def _from_first(text: str) -> str:
+    encoded = text.encode()[:_MESSAGE_BYTES]
+    padded = np.zeros(_MESSAGE_BYTES, np.uint8)
+    padded[: len(encoded)] = np.frombuffer(encoded, np.uint8)
+    received = np.asarray(multihost_utils.broadcast_one_to_all(padded))
+    return received.tobytes().rstrip(b"\0").decode(errors="replace")
+
+
+def largest(value: int) -> int:
+    """Returns the largest of the values that the processes bring."""
+    if process_count() == 1:
+        return value
+    return int(np.max(multihost_utils.process_allgather(np.int32(value))))

@@ -1,0 +1,106 @@
+"""Devices arranged as a mesh with the axes ``data``, ``fsdp``, ``context`` and ``tensor``.
+
+Neighbouring devices lie along ``tensor`` first, then ``context``, ``fsdp`` and ``data``: the axis that talks most has
+the shortest way. Slices of a multi-slice job lie along ``data``, so only the gradient sum crosses the data-center
+network.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+
+from intttrain.core.config import MeshConfig
+from intttrain.core.errors import UserError, nearest_divisors
+
+AXES = ("data", "fsdp", "context", "tensor")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshShape:
+    """Size of every axis, ``fsdp`` resolved."""
+
+    data: int
+    fsdp: int
+    context: int
+    tensor: int
+    slices: int = 1
+
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Returns the sizes in the order of ``AXES``."""
+        return (self.data, self.fsdp, self.context, self.tensor)
+
+    def __str__(self) -> str:
+        shown = [f"{axis} {size}" for axis, size in zip(AXES, self.sizes(), strict=True) if size > 1]
+        slices = f" over {self.slices} slices" if self.slices > 1 else ""
+        return (" x ".join(shown) or "1 device") + slices
+
+
+def resolve_mesh(config: MeshConfig, device_count: int) -> MeshShape:
+    """Returns the mesh for ``device_count`` devices; ``fsdp = None`` takes the devices that are left.
+
+    Raises:
+      UserError: the axes do not multiply to the number of devices, or the slices cannot be equal.
+    """
+    given = config.data * config.context * config.tensor
+    if device_count % config.slices:
+        raise UserError(f"mesh.slices={config.slices} does not divide the {device_count} devices")
+    if config.fsdp is None:
+        if device_count % given:
+            raise UserError(
+                f"mesh: data {config.data} x context {config.context} x tensor {config.tensor} = {given} does not divide "
+                f"the {device_count} devices; use axes whose product is one of {nearest_divisors(device_count, given)}"
+            )
+        return MeshShape(config.data, device_count // given, config.context, config.tensor, config.slices)
+    if given * config.fsdp != device_count:
+        if device_count % given == 0:
+            choice = f"use mesh.fsdp={device_count // given}, or leave it None"
+        else:
+            choice = f"use axes whose product is {device_count}, or run on {given * config.fsdp} devices"
+        raise UserError(
+            f"mesh: data {config.data} x fsdp {config.fsdp} x context {config.context} x tensor {config.tensor} = "
+            f"{given * config.fsdp}, but there are {device_count} devices; {choice}"
+        )
+    return MeshShape(config.data, config.fsdp, config.context, config.tensor, config.slices)
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """Returns the mesh over ``devices`` (default: all devices of all processes).
+
+    Raises:
+      UserError: as ``resolve_mesh``, or the devices form another number of slices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    shape = resolve_mesh(config, len(devices))
+    groups = _slices(devices, shape.slices)
+    inner = (shape.data // shape.slices, shape.fsdp, shape.context, shape.tensor)
+    arranged = np.concatenate([_arrange(inner, group) for group in groups], axis=0)
+    return jax.sharding.Mesh(arranged, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+
+
+def _slices(devices: list[jax.Device], slices: int) -> list[list[jax.Device]]:
+    """Groups devices by slice; devices that know no slice (CPU, GPU) are cut into equal consecutive groups."""
+    index = lambda device: getattr(device, "slice_index", 0)  # noqa: E731
+    groups = [list(group) for _, group in itertools.groupby(sorted(devices, key=index), key=index)]
+    if len(groups) == slices:
+        return groups
+    if len(groups) > 1:
+        raise UserError(f"mesh.slices={slices}, but the devices form {len(groups)} slices; use mesh.slices={len(groups)}")
+    if devices[0].platform == "tpu":
+        raise UserError(f"mesh.slices={slices}, but all {len(devices)} devices are in one slice; use mesh.slices=1")
+    size = len(devices) // slices
+    return [devices[start : start + size] for start in range(0, len(devices), size)]
+
+
+def _arrange(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
+    """Returns the devices of one slice in an order that follows its torus where there is one."""
+    assert math.prod(shape) == len(devices)
+    if devices[0].platform != "tpu":
+        return np.array(devices).reshape(shape)
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)

@@ -1,0 +1,194 @@
+"""Which tensor dimension lies along which mesh axis: one table of logical names, for parameters and activations.
+
+Parameters carry logical names of their dims (``model.logical_axes``); activations are pinned with ``constrain``. Code
+that runs without a mesh (evaluation, tests, one device) sees no constraint at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from intttrain.core.config import Config
+from intttrain.core.errors import UserError, nearest_divisors
+
+PyTree = Any
+Axes = tuple[str | None, ...]
+
+# Logical name -> mesh axes, outermost first. A dim without an axis is replicated.
+RULES: Mapping[str, tuple[str, ...]] = types.MappingProxyType(
+    {
+        # activations
+        "batch": ("data", "fsdp"),
+        "tokens": ("context",),
+        "width": (),
+        # parameters; heads, mlp and vocab name the same dims of activations
+        "layers": (),
+        "embed": ("fsdp", "context"),  # a context shard needs no copy of the optimizer state of its own
+        "heads": ("tensor",),
+        "kv_heads": ("tensor",),
+        "spread_heads": ("tensor", "context"),  # while whole rows are attended to
+        "head_dim": (),
+        "mlp": ("tensor",),
+        "vocab": ("tensor",),
+        "target": ("tensor",),
+        "norm": (),
+        "taps": (),
+    }
+)
+# The dims along which parameters are stored in pieces but used whole: gathered before a matmul.
+GATHERED = ("embed",)
+
+
+def partition_spec(axes: Axes) -> PartitionSpec:
+    """Returns the spec of a tensor whose dims have these logical names (``None``: not sharded).
+
+    Raises:
+      ValueError: an unknown name, or two dims that want the same mesh axis.
+    """
+    taken: dict[str, str] = {}
+    for name in axes:
+        if name is not None and name not in RULES:
+            raise ValueError(f"{name!r} in {axes} has no rule; the names are {', '.join(RULES)}")
+        for axis in RULES[name] if name is not None else ():
+            if axis in taken:
+                raise ValueError(f"{axes}: the dims {taken[axis]!r} and {name!r} both want the mesh axis {axis!r}")
+            taken[axis] = str(name)
+    return PartitionSpec(*(RULES[name] or None if name is not None else None for name in axes))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pins ``x`` to the sharding of its logical names; does nothing where no mesh is in use."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes))
+
+
+def per_device(function: Callable[..., Any], in_axes: tuple[Axes, ...], out_axes: tuple[Axes, ...] | Axes) -> Any:
+    """Returns ``function`` to be run by every device on its own pieces; it does its own communication.
+
+    Args:
+      function: sees arrays in the pieces that the logical names say; may use the collectives below.
+      in_axes, out_axes: logical names of the dims of every argument and result.
+
+    Where no mesh is in use the pieces are whole, and ``function`` itself is returned.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return function
+    one = not out_axes or not isinstance(out_axes[0], tuple)
+    out_specs = partition_spec(out_axes) if one else tuple(partition_spec(axes) for axes in out_axes)  # type: ignore[arg-type]
+    return jax.shard_map(
+        function, in_specs=tuple(partition_spec(axes) for axes in in_axes), out_specs=out_specs, check_vma=False
+    )
+
+
+def _sharded() -> bool:
+    return not jax.sharding.get_abstract_mesh().empty
+
+
+def sum_over(x: jax.Array, *axes: str) -> jax.Array:
+    """Inside ``per_device``: the sum of ``x`` over the devices along mesh axes."""
+    return jax.lax.psum(x, axes) if _sharded() else x
+
+
+def max_over(x: jax.Array, *axes: str) -> jax.Array:
+    """Inside ``per_device``: the maximum of ``x`` over the devices along mesh axes."""
+    return jax.lax.pmax(x, axes) if _sharded() else x
+
+
+def gather_pieces(x: jax.Array, name: str, dim: int) -> jax.Array:
+    """Inside ``per_device``: the whole of a dim that is stored in pieces under this logical name."""
+    return jax.lax.all_gather(x, RULES[name], axis=dim, tiled=True) if _sharded() else x
+
+
+def sum_to_pieces(x: jax.Array, name: str, dim: int) -> jax.Array:
+    """Inside ``per_device``: the sum of ``x`` over the axes of this logical name, each device keeping its piece."""
+    return jax.lax.psum_scatter(x, RULES[name], scatter_dimension=dim, tiled=True) if _sharded() else x
+
+
+def position_on(axis: str) -> jax.Array | int:
+    """Inside ``per_device``: which piece along a mesh axis this device holds."""
+    return jax.lax.axis_index(axis) if _sharded() else 0
+
+
+@contextlib.contextmanager
+def using_mesh(mesh: jax.sharding.Mesh) -> Iterator[None]:
+    """Makes ``mesh`` the one that ``constrain`` sees, while a function is traced."""
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        yield
+
+
+def axis_size(axis: str) -> int:
+    """Returns the size of a mesh axis, 1 where no mesh is in use."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape[axis]
+
+
+def platform() -> str:
+    """Returns what the program being traced is for: "tpu", "gpu" or "cpu"."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else str(device.platform)
+
+
+def named_shardings(mesh: jax.sharding.Mesh, axes: PyTree, abstract: PyTree) -> PyTree:
+    """Returns the sharding of every parameter.
+
+    Args:
+      mesh: with the axes of ``core.mesh.AXES``.
+      axes: tree of tuples of logical names.
+      abstract: tree of shapes with the same structure.
+
+    Raises:
+      UserError: a dim that its mesh axes do not divide; names the parameter.
+    """
+
+    def sharding(path: Any, leaf: Any, names: tuple[str, ...]) -> NamedSharding:
+        for size, name in zip(leaf.shape, names, strict=True):
+            pieces = _pieces(mesh, name)
+            if size % pieces:
+                where = jax.tree_util.keystr(path, simple=True, separator=".")
+                split = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in RULES[name])
+                raise UserError(
+                    f"parameter {where}: dim {name!r} of size {size} cannot be cut into {split} = {pieces} pieces; "
+                    f"use {' or '.join(map(str, nearest_divisors(size, pieces)))}"
+                )
+        return NamedSharding(mesh, partition_spec(names))
+
+    return jax.tree_util.tree_map_with_path(sharding, abstract, axes)
+
+
+def check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:
+    """Checks that the rows of a microbatch, and the tokens of a row, can be cut over the mesh. Raises ``UserError``."""
+    rows, pieces = config.train.batch_rows // config.train.microbatches, _pieces(mesh, "batch")
+    if rows % pieces:
+        choices = sorted({max(1, rows // pieces) * pieces, -(-rows // pieces) * pieces})
+        raise UserError(
+            f"train.batch_rows={config.train.batch_rows} in {config.train.microbatches} microbatches gives {rows} rows, "
+            f"which data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} = {pieces} does not divide; use train.batch_rows="
+            f"{' or '.join(str(choice * config.train.microbatches) for choice in choices)}, or fewer microbatches"
+        )
+    tokens, pieces = config.data.seq_len, mesh.shape["context"]
+    if tokens % pieces:
+        raise UserError(
+            f"data.seq_len={tokens} cannot be cut into mesh.context={pieces} pieces; "
+            f"use mesh.context={' or '.join(map(str, nearest_divisors(tokens, pieces)))}"
+        )
+    if config.model.ttt is not None and (tokens // pieces) % config.model.ttt.chunk_tokens:
+        raise UserError(
+            f"data.seq_len={tokens} over mesh.context={pieces} gives {tokens // pieces} tokens a device, which is not a "
+            f"whole number of chunks of model.ttt.chunk_tokens={config.model.ttt.chunk_tokens}; "
+            f"use mesh.context={' or '.join(map(str, nearest_divisors(tokens // config.model.ttt.chunk_tokens, pieces)))}"
+        )
+
+
+def _pieces(mesh: jax.sharding.Mesh, name: str) -> int:
+    size = 1
+    for axis in RULES[name]:
+        size *= mesh.shape[axis]
+    return size

@@ -1,0 +1,133 @@
+"""Matmuls with stored weights: where parameters are gathered, and where their gradients are summed over devices.
+
+A weight is stored fp32 and in pieces (``core.sharding``). Here it is cast first and gathered then, so that half the
+bytes travel; the backward pass gathers it again instead of keeping it, and hands each device its piece of the gradient
+summed in a stated dtype. Written out because the gradient that JAX derives is summed in the dtype of the matmul.
+
+Letters: B row, T tokens, D model width, V vocabulary; lower case is a device's part.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from intttrain.core.sharding import (
+    GATHERED,
+    constrain,
+    gather_pieces,
+    per_device,
+    position_on,
+    sum_over,
+    sum_to_pieces,
+)
+
+Axes = tuple[str | None, ...]
+
+
+def axes_of(weight: nnx.Param) -> Axes:
+    """Returns the logical names of the dims of one layer's weight."""
+    names: Axes = weight.get_metadata()["logical_axes"]
+    return names[len(names) - weight[...].ndim :]
+
+
+def linear(
+    equation: str, x: Float[Array, "..."], weight: nnx.Param, gradient_dtype: str, out_dtype: jnp.dtype | None = None
+) -> Float[Array, "..."]:
+    """Returns ``einsum(equation, x, weight)`` with the weight cast to the dtype of ``x``.
+
+    Args:
+      equation: of two operands; every index occurs in two of the three terms.
+      x: activations.
+      weight: an fp32 parameter.
+      gradient_dtype: in which the gradient of the weight is computed and summed over devices.
+      out_dtype: of the result; default that of ``x``.
+    """
+    dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
+    return _linear(equation, axes_of(weight), jnp.dtype(gradient_dtype), dtype, x, weight[...])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _linear(
+    equation: str, axes: Axes, gradient_dtype: jnp.dtype, out_dtype: jnp.dtype, x: jax.Array, weight: jax.Array
+) -> jax.Array:
+    return jnp.einsum(equation, x, gather(weight, axes, x.dtype), preferred_element_type=out_dtype)
+
+
+def _linear_forward(
+    equation: str, axes: Axes, gradient_dtype: jnp.dtype, out_dtype: jnp.dtype, x: jax.Array, weight: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _linear(equation, axes, gradient_dtype, out_dtype, x, weight), (x, weight)
+
+
+def _linear_backward(
+    equation: str, axes: Axes, gradient_dtype: jnp.dtype, out_dtype: jnp.dtype, residuals: tuple[jax.Array, jax.Array],
+    dy: jax.Array,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    x, weight = residuals
+    x_term, weight_term, y_term = equation.replace("->", ",").split(",")
+    dy = dy.astype(x.dtype)
+    dx = jnp.einsum(f"{y_term},{weight_term}->{x_term}", dy, gather(weight, axes, x.dtype))
+    dweight = jnp.einsum(f"{x_term},{y_term}->{weight_term}", x, dy, preferred_element_type=gradient_dtype)
+    return dx, constrain(dweight, *axes).astype(weight.dtype)
+
+
+_linear.defvjp(_linear_forward, _linear_backward)
+
+
+def gather(weight: jax.Array, axes: Axes, dtype: jnp.dtype) -> jax.Array:
+    """Returns the weight in ``dtype``, whole along the dims that are stored in pieces."""
+    stored = constrain(weight.astype(dtype), *axes)  # keeps the cast on this side of the gather
+    return constrain(stored, *(None if axis in GATHERED else axis for axis in axes))
+
+
+def lookup(
+    tokens_BT: Int[Array, "B T"], weight: nnx.Param, dtype: jnp.dtype, gradient_dtype: str
+) -> Float[Array, "B T D"]:
+    """Returns the rows of a V x D table in ``dtype``; their gradient is summed in fp32 on a device, then over devices."""
+    return _lookup(jnp.dtype(dtype), gradient_dtype, tokens_BT, weight[...])
+
+
+_TOKENS, _ROWS, _TABLE = ("batch", "tokens"), ("batch", "tokens", "width"), ("vocab", "embed")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _lookup(dtype: jnp.dtype, gradient_dtype: str, tokens_BT: jax.Array, weight_VD: jax.Array) -> jax.Array:
+    def local(tokens_bt: jax.Array, weight_vd: jax.Array) -> jax.Array:
+        table_vD = gather_pieces(weight_vd.astype(dtype), "embed", 1)
+        found_btD = table_vD.at[_ids(tokens_bt, weight_vd)].get(mode="fill", fill_value=0)
+        return sum_over(found_btD, "tensor")  # one device along that axis found it, the others have zeros
+
+    return per_device(local, (_TOKENS, _TABLE), _ROWS)(tokens_BT, weight_VD)
+
+
+def _ids(tokens_bt: jax.Array, weight_vd: jax.Array) -> jax.Array:
+    """Returns row numbers in this device's part of the vocabulary, one past its end for tokens that are elsewhere."""
+    part = weight_vd.shape[0]
+    ids_bt = tokens_bt - position_on("tensor") * part
+    return jnp.where((ids_bt >= 0) & (ids_bt < part), ids_bt, part)
+
+
+def _lookup_forward(
+    dtype: jnp.dtype, gradient_dtype: str, tokens_BT: jax.Array, weight_VD: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _lookup(dtype, gradient_dtype, tokens_BT, weight_VD), (tokens_BT, weight_VD)
+
+
+def _lookup_backward(
+    dtype: jnp.dtype, gradient_dtype: str, residuals: tuple[jax.Array, jax.Array], dx_BTD: jax.Array
+) -> tuple[None, jax.Array]:
+    def local(tokens_bt: jax.Array, weight_vd: jax.Array, dx_btD: jax.Array) -> jax.Array:
+        zeros_vD = jnp.zeros((weight_vd.shape[0], dx_btD.shape[2]), jnp.float32)
+        dtable_vD = zeros_vD.at[_ids(tokens_bt, weight_vd)].add(dx_btD.astype(jnp.float32), mode="drop")
+        return sum_over(sum_to_pieces(dtable_vD.astype(gradient_dtype), "embed", 1), "data").astype(weight_vd.dtype)
+
+    tokens_BT, weight_VD = residuals
+    return None, per_device(local, (_TOKENS, _TABLE, _ROWS), _TABLE)(tokens_BT, weight_VD, dx_BTD)
+
+
+_lookup.defvjp(_lookup_forward, _lookup_backward)

@@ -1,0 +1,86 @@
+"""Attention on TPUs: JAX's splash kernels, which never hold the scores of more than one block.
+
+Each device attends with its own rows and heads. A context axis divides the heads as well while the kernel runs, where
+they divide by it: the row comes together and the heads part (all-to-all), then the reverse. Otherwise every context
+shard computes all of its heads, which is right and wasteful.
+
+Letters: B row, T tokens, N query heads, K key/value heads, H head dim; lower case is a device's part.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jaxtyping import Array, Float, Int
+
+from intttrain.core.sharding import axis_size, constrain, per_device
+
+TOKEN_MULTIPLE = 128  # the smallest block of the kernel
+_LARGEST_BLOCK = 1024
+
+
+def supports(seq_len: int, head_dim: int) -> str:
+    """Returns why the kernel cannot run these shapes, or ``""``."""
+    if seq_len % TOKEN_MULTIPLE:
+        return f"{seq_len} tokens a row are not a multiple of {TOKEN_MULTIPLE}"
+    if head_dim % 128:
+        return f"head_dim {head_dim} is not a multiple of 128"
+    return ""
+
+
+def splash_attention(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    segment_ids_BT: Int[Array, "B T"],
+    window: int | None,
+    *,
+    interpret: bool = False,
+) -> Float[Array, "B T N H"]:
+    """Returns what ``dense_attention`` returns under the causal mask of documents and window.
+
+    Args:
+      q_BTNH, k_BTKH, v_BTKH: rotated queries and keys, and values.
+      segment_ids_BT: documents.
+      window: tokens that a query sees, itself included; ``None`` for all.
+      interpret: runs the kernel without a TPU, slowly.
+    """
+    seq_len, head_dim, kv_heads = q_BTNH.shape[1], q_BTNH.shape[3], k_BTKH.shape[2]
+    tensor, context = axis_size("tensor"), axis_size("context")
+    heads = "spread_heads" if kv_heads % (tensor * context) == 0 else "heads"
+    in_axes = ("batch", heads, None, "head_dim")
+
+    def local(q_bnTH: jax.Array, k_bkTH: jax.Array, v_bkTH: jax.Array, segment_ids_bT: jax.Array) -> jax.Array:
+        attend = _make_kernel(seq_len, q_bnTH.shape[1], window, interpret)
+        return jax.vmap(attend)(q_bnTH, k_bkTH, v_bkTH, kernel.SegmentIds(segment_ids_bT, segment_ids_bT))
+
+    by_head = [jnp.swapaxes(x, 1, 2) for x in (q_BTNH * head_dim**-0.5, k_BTKH, v_BTKH)]
+    attend = per_device(local, (in_axes, in_axes, in_axes, ("batch", None)), in_axes)
+    o_BNTH = attend(*(constrain(x, *in_axes) for x in by_head), constrain(segment_ids_BT, "batch", None))
+    return constrain(jnp.swapaxes(o_BNTH, 1, 2), "batch", "tokens", "heads", "head_dim")
+
+
+@functools.cache
+def _mask(seq_len: int, heads: int, window: int | None) -> masks.MultiHeadMask:
+    shape = (seq_len, seq_len)
+    mask = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), 0)
+    return masks.MultiHeadMask([mask] * heads)
+
+
+def _make_kernel(seq_len: int, heads: int, window: int | None, interpret: bool) -> kernel.SplashAttentionKernel:
+    """Returns the kernel for one row; what it keeps for the backward pass carries the name "attention" (remat)."""
+    block = int(np.gcd(seq_len, _LARGEST_BLOCK))
+    sizes = kernel.BlockSizes(
+        block_q=block, block_kv=block, block_kv_compute=block,
+        block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
+        block_q_dq=block, block_kv_dq=block,
+    )  # fmt: skip
+    return kernel.make_splash_mha(
+        _mask(seq_len, heads, window), block_sizes=sizes, head_shards=1, q_seq_shards=1,
+        residual_checkpoint_name="attention", interpret=interpret,
+    )  # fmt: skip
