@@ -28,6 +28,7 @@ USAGE = """usage: intttrain COMMAND [--flag=value ...]
   config     print the resolved configuration with derived values
   prepare    text -> token stores
   train      train, or continue the run in --workdir
+  plan       compile the training step for a TPU topology; memory, time, what to change
   eval       held-out loss by position, update on and off, beside a dense run
   generate   continue a prompt
   export     checkpoint -> Hugging Face folder
@@ -186,6 +187,10 @@ def _integer(name: str, default: int | None, help_text: str) -> Define:
     return lambda values: flags.DEFINE_integer(name, default, help_text, flag_values=values, lower_bound=0)
 
 
+def _switch(name: str, help_text: str) -> Define:
+    return lambda values: flags.DEFINE_boolean(name, False, help_text, flag_values=values)
+
+
 def _float(name: str, default: float, help_text: str) -> Define:
     return lambda values: flags.DEFINE_float(name, default, help_text, flag_values=values, lower_bound=0.0)
 
@@ -224,6 +229,17 @@ COMMANDS: dict[str, tuple[str, Define, Command]] = {
         "train, or continue the run in --workdir",
         _all(_config_flag, _WORKDIR, _integer("stop_at_step", None, "save and stop there, as an interruption would")),
         _command("train_model"),
+    ),
+    "plan": (
+        "compile the training step for a TPU topology that is not there and predict memory and time",
+        _all(
+            _config_flag,
+            _string("topology", "one TPU slice, for example v5p:4x4x4 or v6e-256", required=True),
+            _switch("compare", "also plan the configuration with model.ttt=None, and say what TTT costs"),
+            _string("sweep", "plan all combinations: 'model.remat=full,qkv train.microbatches=1,2'"),
+            _string("hlo", "folder for the compiled text"),
+        ),
+        _command("plan_step"),
     ),
     "eval": (
         "held-out loss by position",

@@ -105,6 +105,35 @@ def train_model(values: flags.FlagValues) -> int:
     return status
 
 
+def plan_step(values: flags.FlagValues) -> int:
+    """Prints what the training step needs and costs on a topology; the status is 1 if it does not fit."""
+    from intttrain import planner  # reads and compiles only here
+
+    config = resolve(values.config)
+    hlo = None if values.hlo is None else Path(values.hlo)
+    if values.compare and (values.sweep or config.model.ttt is None):
+        raise UserError("--compare needs a configuration with TTT, and does not go with --sweep")
+    if values.sweep:
+        points = planner.parse_sweep(values.sweep, config)
+        plans = planner.sweep(config, values.topology, points, hlo=hlo, report=report)
+        print(planner.describe_plans(plans))
+        content = {"plans": [{"label": label, **plan.to_json()} for label, plan in plans]}
+        return _finish(values, content) or int(not any(plan.verdict.fits for _, plan in plans))
+    report(f"{config.name}: compiling for {values.topology}; minutes for a model of billions of parameters")
+    plan = planner.make_plan(config, values.topology, hlo=hlo)
+    print(planner.describe_plan(plan))
+    content = plan.to_json()
+    if values.compare:
+        report("the same with model.ttt=None")
+        model = dataclasses.replace(config.model, ttt=None)
+        dense = planner.make_plan(
+            dataclasses.replace(config, name=f"{config.name}-without-ttt", model=model), values.topology, hlo=hlo
+        )
+        print("\n" + planner.describe_ttt_share(plan, dense))
+        content = {"plan": content, "without_ttt": dense.to_json()}
+    return _finish(values, content) or int(not plan.verdict.fits)
+
+
 def evaluate_model(values: flags.FlagValues) -> int:
     """Evaluates a checkpoint by position and writes WORKDIR/eval/STEP/positions.{json,png}."""
     config, workdir = resolve(values.config), Path(values.workdir)

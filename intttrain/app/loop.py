@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -74,7 +73,10 @@ def train(config: Config, workdir: Path, *, stop_at_step: int | None, report: Ca
     identity = make_identity(config)
     dataset = make_row_dataset(config.data, config.model.vocab_size)
     on_first_process(lambda: claim_workdir(workdir, identity))
-    with Checkpoints(workdir / "checkpoints", config.train.checkpoint) as checkpoints, _Interrupts(config) as interrupts:
+    with (
+        _Interrupts(config) as interrupts,
+        Checkpoints(workdir / "checkpoints", config.train.checkpoint) as checkpoints,
+    ):
         state, cursor = _start(config, program, checkpoints, identity, report)
         start = int(state["step"])
         last = config.train.num_steps if stop_at_step is None else min(stop_at_step, config.train.num_steps)

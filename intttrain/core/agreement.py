@@ -1,4 +1,4 @@
-"""What the processes of a run have to agree on before they go on; every process makes the same calls in the same order."""
+"""What processes agree on before they go on. All of them make the same calls in the same order."""
 
 from __future__ import annotations
 

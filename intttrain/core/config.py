@@ -450,7 +450,7 @@ def _check_train(config: Config) -> None:
         )
     if config.mesh.data % config.mesh.slices:
         raise UserError(
-            f"mesh.slices={config.mesh.slices} does not divide mesh.data={config.mesh.data}: slices lie along that axis; "
+            f"mesh.slices={config.mesh.slices} does not divide mesh.data={config.mesh.data}, along which slices lie; "
             f"use mesh.data={config.mesh.slices * -(-config.mesh.data // config.mesh.slices)}"
         )
     schedule = train.schedule

@@ -81,6 +81,9 @@ def start_distributed() -> None:
     platforms = jax.config.jax_platforms  # type: ignore[attr-defined]  # options are attributes made at run time
     start = choose_start(os.environ, platforms)
     if start is not None:
+        # CPU devices run programs side by side, on a few threads. Two programs that communicate then wait for each other
+        # when processes get to them in another order; one at a time they cannot. Other devices keep the order anyway.
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
         _connect(start, _timeout_seconds(os.environ))
 
 
@@ -230,5 +233,6 @@ def _reachable(coordinator: str | None) -> str:
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_SECONDS).close()
     except OSError as error:
-        return f", where nobody answers ({error.strerror or error}): process 0 has to run on that host"
+        why = error.strerror or error
+        return f", where nobody answers ({why}): process 0 has to run on that host, and may have given up"
     return ", which answers, so another process is missing"

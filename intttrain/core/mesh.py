@@ -54,8 +54,9 @@ def resolve_mesh(config: MeshConfig, device_count: int) -> MeshShape:
     if config.fsdp is None:
         if device_count % given:
             raise UserError(
-                f"mesh: data {config.data} x context {config.context} x tensor {config.tensor} = {given} does not divide "
-                f"the {device_count} devices; use axes whose product is one of {nearest_divisors(device_count, given)}"
+                f"mesh: data {config.data} x context {config.context} x tensor {config.tensor} = {given} does not "
+                f"divide the {device_count} devices; use axes whose product is one of "
+                f"{nearest_divisors(device_count, given)}"
             )
         return MeshShape(config.data, device_count // given, config.context, config.tensor, config.slices)
     if given * config.fsdp != device_count:
@@ -91,7 +92,7 @@ def _slices(devices: list[jax.Device], slices: int) -> list[list[jax.Device]]:
     if len(groups) == slices:
         return groups
     if len(groups) > 1:
-        raise UserError(f"mesh.slices={slices}, but the devices form {len(groups)} slices; use mesh.slices={len(groups)}")
+        raise UserError(f"mesh.slices={slices}, but there are {len(groups)} slices; use mesh.slices={len(groups)}")
     if devices[0].platform == "tpu":
         raise UserError(f"mesh.slices={slices}, but all {len(devices)} devices are in one slice; use mesh.slices=1")
     size = len(devices) // slices

@@ -169,9 +169,9 @@ def check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:
     if rows % pieces:
         choices = sorted({max(1, rows // pieces) * pieces, -(-rows // pieces) * pieces})
         raise UserError(
-            f"train.batch_rows={config.train.batch_rows} in {config.train.microbatches} microbatches gives {rows} rows, "
-            f"which data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} = {pieces} does not divide; use train.batch_rows="
-            f"{' or '.join(str(choice * config.train.microbatches) for choice in choices)}, or fewer microbatches"
+            f"train.batch_rows={config.train.batch_rows} in {config.train.microbatches} microbatches gives {rows} "
+            f"rows, which data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} = {pieces} does not divide; use "
+            f"train.batch_rows={' or '.join(str(choice * config.train.microbatches) for choice in choices)}"
         )
     tokens, pieces = config.data.seq_len, mesh.shape["context"]
     if tokens % pieces:
@@ -179,11 +179,12 @@ def check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:
             f"data.seq_len={tokens} cannot be cut into mesh.context={pieces} pieces; "
             f"use mesh.context={' or '.join(map(str, nearest_divisors(tokens, pieces)))}"
         )
-    if config.model.ttt is not None and (tokens // pieces) % config.model.ttt.chunk_tokens:
+    chunk_tokens = 1 if config.model.ttt is None else config.model.ttt.chunk_tokens
+    if (tokens // pieces) % chunk_tokens:
         raise UserError(
-            f"data.seq_len={tokens} over mesh.context={pieces} gives {tokens // pieces} tokens a device, which is not a "
-            f"whole number of chunks of model.ttt.chunk_tokens={config.model.ttt.chunk_tokens}; "
-            f"use mesh.context={' or '.join(map(str, nearest_divisors(tokens // config.model.ttt.chunk_tokens, pieces)))}"
+            f"data.seq_len={tokens} over mesh.context={pieces} gives {tokens // pieces} tokens a device, not a whole "
+            f"number of chunks of model.ttt.chunk_tokens={chunk_tokens}; "
+            f"use mesh.context={' or '.join(map(str, nearest_divisors(tokens // chunk_tokens, pieces)))}"
         )
 
 

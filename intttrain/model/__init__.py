@@ -2,10 +2,12 @@
 
 from intttrain.model.decode import DecodeState, decode_step, generate, init_decode_state
 from intttrain.model.decoder import Decoder, DecoderOutput, TTTStats
+from intttrain.model.flops import FLOP_RULE, matmul_parameters, model_flops_per_token
 from intttrain.model.functional import Params, abstract_params, bind, init_params, logical_axes
 from intttrain.model.loss import token_nll
 
 __all__ = [
+    "FLOP_RULE",
     "DecodeState",
     "Decoder",
     "DecoderOutput",
@@ -18,5 +20,7 @@ __all__ = [
     "init_decode_state",
     "init_params",
     "logical_axes",
+    "matmul_parameters",
+    "model_flops_per_token",
     "token_nll",
 ]

@@ -44,17 +44,16 @@ class Attention(nnx.Module):
 
     def project(self, x_BTD: Float[Array, "B T D"], rope: RopeTables) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Returns rotated queries (B T N H), rotated keys and values (B T K H)."""
-        q_BTNH, k_BTKH, v_BTKH = (
-            checkpoint_name(
-                constrain(linear("btd,dnh->btnh", x_BTD, weight, self.gradient_dtype), "batch", "tokens", heads, "head_dim"),
-                "qkv",
-            )
-            for weight, heads in ((self.q, "heads"), (self.k, "kv_heads"), (self.v, "kv_heads"))
-        )
+        q_BTNH = self._head_projection(x_BTD, self.q, "heads")
+        k_BTKH, v_BTKH = (self._head_projection(x_BTD, weight, "kv_heads") for weight in (self.k, self.v))
         if self.has_qk_norm:
             q_BTNH = rms_norm(q_BTNH, self.q_norm[...], self.norm_eps)
             k_BTKH = rms_norm(k_BTKH, self.k_norm[...], self.norm_eps)
         return rotate(q_BTNH, rope), rotate(k_BTKH, rope), v_BTKH
+
+    def _head_projection(self, x_BTD: jax.Array, weight: nnx.Param, heads: str) -> jax.Array:
+        by_head = linear("btd,dnh->btnh", x_BTD, weight, self.gradient_dtype)
+        return checkpoint_name(constrain(by_head, "batch", "tokens", heads, "head_dim"), "qkv")
 
     def output(self, o_BTNH: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
         """Returns the block's contribution to the residual stream."""

@@ -88,7 +88,7 @@ def gather(weight: jax.Array, axes: Axes, dtype: jnp.dtype) -> jax.Array:
 def lookup(
     tokens_BT: Int[Array, "B T"], weight: nnx.Param, dtype: jnp.dtype, gradient_dtype: str
 ) -> Float[Array, "B T D"]:
-    """Returns the rows of a V x D table in ``dtype``; their gradient is summed in fp32 on a device, then over devices."""
+    """Returns rows of a V x D table in ``dtype``; their gradient is summed in fp32 locally, then over devices."""
     return _lookup(jnp.dtype(dtype), gradient_dtype, tokens_BT, weight[...])
 
 

@@ -40,8 +40,8 @@ def token_nll(
       hidden_BTD: final hidden states, in the dtype of the matmul.
       weight_VD: the fp32 output head.
       labels_BT: token ids below V.
-      block_tokens: logits exist for this many positions of each row at a time, forward and backward (where each block is
-        computed again), on every device.
+      block_tokens: logits exist for this many positions of each row at a time on every device, forward and backward
+        (where each block is computed again).
       gradient_dtype: in which the gradient of the head is summed over devices; over blocks it is summed in fp32.
     """
     return _forward(hidden_BTD, weight_VD, labels_BT, block_tokens, gradient_dtype)[0]
@@ -58,7 +58,8 @@ def _forward(
             logits_bcv = _logits(hidden_bcD, table_vD)
             largest_bc = max_over(jnp.max(logits_bcv, axis=2), "tensor")
             total_bc = sum_over(jnp.sum(jnp.exp(logits_bcv - largest_bc[:, :, None]), axis=2), "tensor")
-            chosen_bc = sum_over(jnp.sum(jnp.where(_is_label(labels_bc, logits_bcv), logits_bcv, 0.0), axis=2), "tensor")
+            chosen_bcv = jnp.where(_is_label(labels_bc, logits_bcv), logits_bcv, 0.0)
+            chosen_bc = sum_over(jnp.sum(chosen_bcv, axis=2), "tensor")
             lse_bc = jnp.log(total_bc) + largest_bc
             return lse_bc - chosen_bc, lse_bc
 
@@ -97,9 +98,9 @@ def _backward(
         return _join(dhidden_JbcD, hidden_btD.shape[1]), dweight_vd.astype(weight_vd.dtype)
 
     with jax.named_scope("loss"):
-        dhidden_BTD, dweight_VD = per_device(
-            local, (_HIDDEN, _TABLE, _TOKENS, _TOKENS, _TOKENS), (_HIDDEN, _TABLE)
-        )(*residuals, dnll_BT)
+        dhidden_BTD, dweight_VD = per_device(local, (_HIDDEN, _TABLE, _TOKENS, _TOKENS, _TOKENS), (_HIDDEN, _TABLE))(
+            *residuals, dnll_BT
+        )
     return dhidden_BTD, dweight_VD, None
 
 

@@ -16,9 +16,9 @@ def array_checksums(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
     arrays are computed, so an error in the program that makes them surfaces here.
     """
     # One small program per array rather than one for all: it needs at most one temporary of the size of the largest
-    # array (on CPU XLA makes one), and the arrays may live on different devices.
-    sums = jax.device_get({name: _sum_bits(array) for name, array in arrays.items()})
-    return {name: int(value) for name, value in sums.items()}
+    # array (on CPU XLA makes one), and the arrays may live on different devices. One after the other: CPU devices run
+    # programs side by side on a few threads, where many that communicate can end up waiting for each other.
+    return {name: int(_sum_bits(array)) for name, array in arrays.items()}
 
 
 @jax.jit

@@ -162,10 +162,10 @@ def _accumulate(config: Config, params: Params, batch: Batch, eta: jax.Array) ->
 def _loss_sums(config: Config, params: Params, batch: Batch, eta: jax.Array) -> tuple[jax.Array, _Sums]:
     decoder = bind(config.model, params)
     output = decoder(batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, eta=eta)
-    model = config.model
     nll_BT = token_nll(
-        output.hidden_BTD, decoder.output_weight(), batch.labels_BT, model.loss_chunk_tokens, model.weight_gradient_dtype
-    )
+        output.hidden_BTD, decoder.output_weight(), batch.labels_BT, config.model.loss_chunk_tokens,
+        config.model.weight_gradient_dtype,
+    )  # fmt: skip
     nll_B = jnp.sum(nll_BT * batch.loss_weights_BT, axis=1)
     sums = _Sums(nll_B, jnp.sum(batch.loss_weights_BT, axis=1), _ttt_sizes(output.ttt))
     return jnp.sum(nll_B), sums

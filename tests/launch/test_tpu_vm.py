@@ -1,0 +1,207 @@
+"""launch/tpu_vm.sh against a `gcloud` that keeps a home folder per host and runs there what it is given."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+SCRIPT = str(REPO / "launch" / "tpu_vm.sh")
+PLACE = ("--zone=z1", "--project=p1")
+
+# Two hosts in each slice. FAIL_ON=NAME makes that slice unreachable.
+GCLOUD = """#!PYTHON
+import json, os, shutil, subprocess, sys
+from pathlib import Path
+root = Path(__file__).parent.parent
+words = sys.argv[1:]
+with open(root / "calls.jsonl", "a") as calls:
+    print(json.dumps(words), file=calls)
+assert words[:3] == ["compute", "tpus", "tpu-vm"] and "--zone=z1" in words and "--project=p1" in words, words
+action, name = words[3], words[4]
+if action == "describe":
+    sys.exit(print("10.0.0.7"))
+assert "--worker=all" in words
+name = words[5].split(":")[0] if action == "scp" else name
+if name == os.environ.get("FAIL_ON"):
+    sys.exit("cannot reach " + name)
+for host in range(2):
+    home = root / "hosts" / f"{name}-{host}"
+    home.mkdir(parents=True, exist_ok=True)
+    if action == "scp":
+        shutil.copy(words[4], home / words[5].split(":")[1])
+    else:
+        (command,) = [word.removeprefix("--command=") for word in words if word.startswith("--command=")]
+        done = subprocess.run(["sh", "-c", command], env=os.environ | {"HOME": str(home)}, cwd=home)
+        if done.returncode:
+            sys.exit(done.returncode)
+"""
+# Stands for Python on a host: `-m venv venv` makes an environment whose Python writes down how it is called.
+HOST_PYTHON = """#!/bin/sh
+[ "$*" = "-m venv venv" ] || exit 1
+mkdir -p venv/bin
+printf '#!/bin/sh\\necho "$@" >installed\\n' >venv/bin/python
+chmod +x venv/bin/python
+"""
+
+
+class Cloud:
+    """The folder with the fake gcloud, its calls and its hosts."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.environment = dict(os.environ)
+        self._program("gcloud", GCLOUD.replace("PYTHON", sys.executable))
+        self._program("host_python", HOST_PYTHON)
+        self.environment["PATH"] = f"{root / 'bin'}:{os.environ['PATH']}"
+
+    def _program(self, name: str, text: str) -> None:
+        path = self.root / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+
+    def __call__(self, *arguments: str, names: str = "a", **variables: str) -> subprocess.CompletedProcess[str]:
+        command = [SCRIPT, f"--name={names}", *PLACE, *arguments]
+        environment = self.environment | variables
+        return subprocess.run(command, env=environment, text=True, capture_output=True, timeout=60)
+
+    @property
+    def calls(self) -> list[list[str]]:
+        path = self.root / "calls.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def host(self, name: str) -> Path:
+        folder = self.root / "hosts" / name / "intttrain"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+
+@pytest.fixture
+def cloud(tmp_path: Path) -> Cloud:
+    made = Cloud(tmp_path)
+    for name in ("a-0", "a-1", "b-0", "b-1"):
+        made.host(name)
+    return made
+
+
+def text_once_there(path: Path, wanted: str = "") -> str:
+    """The text of a file that a program in the background is about to write."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        if path.exists() and wanted in (text := path.read_text()) and text:
+            return text
+        time.sleep(0.05)
+    pytest.fail(f"{path} was not written")
+
+
+AWKWARD = ["two words", "it's", 'say "hi"', "$HOME `date` $(date)", "a\\b", "*", "line\nbreak", "", "é;&|>x"]
+
+
+def test_arguments_arrive_unchanged_on_every_host(cloud):
+    program = "import json, os, sys; print(json.dumps([sys.argv[1:], os.path.basename(os.getcwd())]))"
+    done = cloud("--", sys.executable, "-c", program, *AWKWARD)
+    assert done.returncode == 0, done.stderr
+    for host in ("a-0", "a-1"):
+        assert text_once_there(cloud.host(host) / "run.status") == "0\n"
+        assert json.loads((cloud.host(host) / "run.log").read_text()) == [AWKWARD, "intttrain"]
+    assert len(cloud.calls) == 1
+    assert "say" not in done.stdout + done.stderr, "arguments may hold secrets"
+
+
+def test_start_status_stop_logs(cloud):
+    assert cloud("--status").stdout.count(": not started") == 2
+    program = 'trap "echo saved; exit 143" TERM; echo training; while :; do sleep 0.1; done'
+    assert cloud("--", "bash", "-c", program).stdout.count(": started, number ") == 2
+    for host in ("a-0", "a-1"):
+        text_once_there(cloud.host(host) / "run.log", "training")
+    assert cloud("--status").stdout.count(": running, number ") == 2
+    again = cloud("--", "true")
+    assert again.returncode == 1 and "already running" in again.stderr and "error: failed on a" in again.stderr
+    assert cloud("--stop").stdout.count(": asked to stop") == 2
+    for host in ("a-0", "a-1"):
+        text_once_there(cloud.host(host) / "run.status")
+    assert cloud("--status").stdout.count(": ended with status 143") == 2
+    assert cloud("--logs").stdout.count(": saved") == 2
+    assert cloud("--stop").stdout.count(": not running") == 2
+    assert cloud("--", "true").returncode == 0
+
+
+def test_slices_are_told_about_each_other(cloud):
+    program = 'echo "$MEGASCALE_COORDINATOR_ADDRESS $MEGASCALE_NUM_SLICES $MEGASCALE_SLICE_ID"'
+    done = cloud("--", "bash", "-c", program, names="a,b")
+    assert done.returncode == 0, done.stderr
+    assert [call[3:5] for call in cloud.calls] == [["describe", "a"], ["ssh", "a"], ["ssh", "b"]]
+    for index, host in enumerate(("a-0", "a-1", "b-0", "b-1")):
+        assert text_once_there(cloud.host(host) / "run.log") == f"10.0.0.7 2 {index // 2}\n"
+
+
+def test_one_slice_is_told_nothing(cloud):
+    assert cloud("--", "bash", "-c", 'echo "slices: ${MEGASCALE_NUM_SLICES-none}"').returncode == 0
+    assert text_once_there(cloud.host("a-1") / "run.log") == "slices: none\n"
+
+
+def test_install_copies_the_checkout_and_installs_the_tpu_extra(cloud):
+    done = cloud("--python=host_python", "--install", names="a,b")
+    assert done.returncode == 0, done.stderr
+    for host in ("a-0", "a-1", "b-0", "b-1"):
+        folder = cloud.host(host)
+        assert (folder / "intttrain" / "core" / "distributed.py").exists() and (folder / "configs").is_dir()
+        assert (folder / "installed").read_text() == "-m pip install --quiet --upgrade .[tpu]\n"
+        assert not (folder.parent / "intttrain.tar.gz").exists()
+
+
+def test_the_archive_is_enough_to_build_the_package(cloud):
+    done = cloud("--install", "--dry_run")
+    (tar,) = (shlex.split(line) for line in done.stdout.splitlines() if line.startswith("tar "))
+    archive = cloud.root / "x.tar.gz"
+    tar[tar.index("-czf") + 1] = str(archive)
+    subprocess.run(tar, check=True)
+    with tarfile.open(archive) as opened:
+        names = set(opened.getnames())
+    assert {"pyproject.toml", "README.md", "LICENSE", "intttrain/__init__.py", "launch/tpu_vm.sh"} <= names
+    assert not any("__pycache__" in name for name in names)
+
+
+def test_an_unreachable_slice_ends_with_its_name(cloud):
+    done = cloud("--", "true", names="b,a", FAIL_ON="a")
+    assert done.returncode == 1
+    assert "cannot reach a" in done.stderr and "error: failed on a, see above" in done.stderr
+    assert cloud("--install", "--python=host_python", FAIL_ON="a").returncode != 0
+
+
+def test_dry_run_runs_nothing_and_prints_what_would(cloud):
+    for action in (["--install"], ["--status"], ["--logs"], ["--stop"], ["--", "echo", "it's $x"]):
+        done = cloud("--dry_run", *action, names="a,b")
+        assert done.returncode == 0 and done.stderr == ""
+        assert {"gcloud", "a", "b"} <= {word.split(":")[0] for word in shlex.split(done.stdout)}
+    assert cloud.calls == []
+    # The printed command does what the script would have done.
+    printed = cloud("--dry_run", "--", "echo", "it's $x").stdout
+    subprocess.run(["sh", "-c", printed], env=cloud.environment, check=True, capture_output=True)
+    assert text_once_there(cloud.host("a-0") / "run.log") == "it's $x\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--zone=z", "--status"), "--name is missing"),
+        (("--name=a", "--status"), "--zone is missing"),
+        (("--name=a", "--zone=z"), "there is nothing to do"),
+        (("--name=a", "--zone=z", "--"), "there is no command after --"),
+        (("--name=a", "--zone=z", "--status", "--stop"), "two actions, --status and --stop"),
+        (("--name=a", "--zoom=z"), "unknown argument --zoom=z"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    done = subprocess.run([SCRIPT, *arguments], text=True, capture_output=True, timeout=30)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {message}; launch/tpu_vm.sh --name=") and done.stderr.count("\n") == 1
