@@ -28,7 +28,7 @@ base   := $(VENV)/.installed-base
 full   := $(VENV)/.installed-full
 log    := $(VENV)/pip.log
 # A variable, because a comma would end the argument of $(call).
-everything := '.[dev,hf,tf]'
+everything := '.[dev,hf,tf,tpu]'
 
 help:
 	@echo "make demo     train a small model and its dense twin on this machine and compare them"
@@ -83,7 +83,7 @@ $(base): pyproject.toml | $(python)
 
 # torch first and by itself, so that the release above is what the rest finds.
 $(full): pyproject.toml | $(python)
-	@echo "Installing intttrain with torch, TensorFlow and the test tools (about 1.2 GB to fetch, several minutes)"
+	@echo "Installing intttrain with torch, TensorFlow, libtpu and the test tools (about 1.4 GB to fetch, several minutes)"
 	@$(call install,$(TORCH)) || { echo "$(TORCH) is not to be had here; taking the newest torch instead"; \
 	  $(call install,torch); }
 	@$(call install,-e $(everything))

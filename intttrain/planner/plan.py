@@ -29,7 +29,7 @@ from intttrain.planner.replication import Replicated, replicated_activations, re
 from intttrain.planner.topology import Topology, describe_topology, topology_devices
 from intttrain.train import Program, make_program
 
-PACKAGE = "intttrain"
+PACKAGE = str(Path(__file__).resolve().parents[1])
 OTHER_KERNELS_EFFICIENCY = 0.5  # of the peak: kernels without a measurement; stated, not known
 
 
@@ -125,7 +125,7 @@ def _analyse(
     module = parse_module(text)
     counts = execution_counts(module)
     memory = read_memory(compiled, module, state=program.state, batch=program.batch, folder=PACKAGE)
-    cost = step_cost(module, kernel_cost=kernel_model(topology.chip, config), counts=counts, folder=PACKAGE)
+    cost = step_cost(module, kernel_cost=kernel_model(topology.chip), counts=counts, folder=PACKAGE)
     collectives = read_collectives(module, counts, program.mesh, folder=PACKAGE)
     traffic = sum_traffic(collectives)
     rows, tokens = config.train.batch_rows // config.train.microbatches, config.data.seq_len
@@ -179,13 +179,13 @@ def _verdict(config: Config, topology: Topology, program: Program, needed: int) 
     return verdict(needed, topology.chip, config, batch_pieces=pieces)
 
 
-def kernel_model(chip: Chip, config: Config) -> KernelModel:
+def kernel_model(chip: Chip) -> KernelModel:
     """Returns the price of Pallas calls: measured for attention, a stated fraction of the peak for others."""
     fallback = stated_kernel_cost(
         peak_flops_per_second=chip.device_peak_flops, matmul_efficiency=OTHER_KERNELS_EFFICIENCY,
         bytes_per_second=chip.device_hbm_bytes_per_second, cycles_per_second=chip.clock_hz,
     )  # fmt: skip
-    return attention_model(chip, fallback, window_tokens=config.model.sliding_window)
+    return attention_model(chip, fallback)
 
 
 def _predict(config: Config, topology: Topology, cost: Cost, traffic: Sequence[Traffic]) -> Prediction:

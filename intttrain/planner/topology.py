@@ -52,6 +52,11 @@ class Topology:
         """JAX devices of all slices."""
         return self.chips * self.chip.devices
 
+    def wraps(self) -> tuple[bool, ...]:
+        """Returns which dimensions close to rings: on a 3D torus all do or none, on a 2D one each by itself."""
+        closed = tuple(length % self.chip.wrap_multiple == 0 for length in self.shape)
+        return (all(closed),) * 3 if self.chip.torus_dims == 3 else (*closed, False)
+
     @property
     def hosts(self) -> int:
         """Processes of a job on all slices."""
@@ -171,7 +176,8 @@ def topology_devices(topology: Topology) -> list[jax.Device]:
     prepare_topology_compilation()
     from jax.experimental import topologies
 
-    options: dict[str, Any] = {}
+    # Without this libtpu describes a grid without rings and writes every gather as a sum of padded arrays.
+    options: dict[str, Any] = {"wrap": topology.wraps()}
     if topology.slices > 1:
         options["num_slices"] = topology.slices
     if topology.chip.name == "v4":

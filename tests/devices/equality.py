@@ -1,5 +1,7 @@
 """Takes one step of a tiny model on one device and on meshes of eight, and prints how far they are apart, as JSON.
 
+Also the texts of what the planner lowers and of what training does.
+
 A process of its own because the number of CPU devices is fixed when JAX starts.
 """
 
@@ -14,6 +16,7 @@ import numpy as np
 
 from intttrain.core.config import Config, MeshConfig, default_config, resolve
 from intttrain.data import Batch
+from intttrain.planner.plan import lower
 from intttrain.train import make_program
 
 ROWS, T, C = 8, 32, 8
@@ -30,10 +33,10 @@ MESHES = {
 def tiny(ttt: bool, **changes: Any) -> Config:
     config = default_config()
     model, train = config.model, config.train
-    model.vocab_size, model.d_model, model.d_ff, model.num_layers = 64, 32, 48, 3
+    model.vocab_size, model.d_model, model.d_ff, model.num_layers = 64, 32, 48, 2
     model.num_heads, model.num_kv_heads, model.head_dim = 8, 4, 8
     model.compute_dtype, model.loss_chunk_tokens, model.initializer_range = "float32", 8, 0.2
-    model.ttt.layers, model.ttt.chunk_tokens, model.ttt.eta = (0, 2), C, 0.5
+    model.ttt.layers, model.ttt.chunk_tokens, model.ttt.eta = (0,), C, 0.5
     if not ttt:
         model.ttt = None
     config.data.seq_len = config.eval.seq_len = T
@@ -78,6 +81,15 @@ def take_step(config: Config, devices: list[jax.Device]) -> dict[str, np.ndarray
     return leaves | {"loss": np.asarray(metrics.loss), "row_loss": np.asarray(metrics.row_loss_B)}
 
 
+def lowerings(config: Config, devices: list[jax.Device]) -> tuple[str, str]:
+    """Returns what the planner lowers, from shapes alone, and what training lowers, from its arrays."""
+    planned = lower(make_program(config, devices)).as_text()
+    program = make_program(config)
+    state = program.init()
+    state, _ = program.step(state, program.place(batch()))
+    return planned, program.step.lower(state, program.place(batch())).as_text()
+
+
 def distance(one: np.ndarray, many: np.ndarray) -> float:
     """Returns the largest difference relative to the largest entry."""
     return float(np.max(np.abs(one - many)) / max(np.max(np.abs(one)), 1e-30))
@@ -93,7 +105,8 @@ def main() -> None:
         for name, changes in MESHES.items():
             many = take_step(tiny(ttt, **changes), devices)
             result[f"{kind} {name}"] = {leaf: distance(one[leaf], many[leaf]) for leaf in one}
-    print(json.dumps(result))
+    texts = {kind: lowerings(tiny(kind == "ttt", data=2, fsdp=2, tensor=2), devices) for kind in ("ttt", "dense")}
+    print(json.dumps({"distances": result, "lowerings": texts}))
 
 
 if __name__ == "__main__":

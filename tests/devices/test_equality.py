@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ TOLERANCE = {"gradient": 1e-5, "loss": 2e-6, "row_loss": 2e-6, "params": 2e-4}
 
 
 @pytest.fixture(scope="module")
-def distances() -> dict[str, dict[str, float]]:
+def found() -> dict[str, Any]:
     environment = {
         **os.environ,
         "PYTHONPATH": str(REPO),
@@ -38,9 +39,17 @@ def distances() -> dict[str, dict[str, float]]:
 @pytest.mark.parametrize("kind", ["ttt", "dense"])
 @pytest.mark.parametrize("mesh", MESHES)
 def test_eight_devices_compute_what_one_computes(
-    distances: dict[str, dict[str, float]], kind: str, mesh: str
+    found: dict[str, Any], kind: str, mesh: str
 ) -> None:
-    found = distances[f"{kind} {mesh}"]
-    assert len(found) > 20 and ("gradient.ttt.conv" in found) == (kind == "ttt")
-    too_far = {name: value for name, value in found.items() if not value <= TOLERANCE[name.split(".")[0]]}
+    distances = found["distances"][f"{kind} {mesh}"]
+    assert len(distances) > 20 and ("gradient.ttt.conv" in distances) == (kind == "ttt")
+    too_far = {name: value for name, value in distances.items() if not value <= TOLERANCE[name.split(".")[0]]}
     assert not too_far
+
+
+@pytest.mark.parametrize("kind", ["ttt", "dense"])
+def test_the_planner_lowers_the_step_that_training_runs(found: dict[str, Any], kind: str) -> None:
+    planned, trained = found["lowerings"][kind]
+    assert planned == trained
+    assert "mhlo.num_partitions = 8" in planned and planned.count("sharding") > 50
+    assert found["lowerings"]["ttt"][0] != found["lowerings"]["dense"][0]

@@ -99,3 +99,18 @@ def test_roomier():
     assert roomier(describe_topology("v5e:4x4")).devices == 16
     assert roomier(describe_topology("v5e:4x4")).chip.device_hbm_bytes > 90 * 2**30
     assert roomier(describe_topology("v5p:4x4x4")) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "wraps"),
+    [
+        ("v5p:4x4x4", (True, True, True)),
+        ("v5p:2x4x4", (False, False, False)),
+        ("v5e:8x16", (False, True, False)),
+        ("v6e:16x16", (True, True, False)),
+        ("tpu7x:4x4x8", (True, True, True)),
+    ],
+)
+def test_rings(name, wraps):
+    """As the Cloud TPU documentation says: 3D slices made of whole 4x4x4 cubes, 2D dimensions of 16."""
+    assert describe_topology(name).wraps() == wraps
