@@ -115,14 +115,14 @@ def plan_step(values: flags.FlagValues) -> int:
         raise UserError("--compare needs a configuration with TTT, and does not go with --sweep")
     if values.sweep:
         points = planner.parse_sweep(values.sweep, config)
-        plans = planner.sweep(config, values.topology, points, hlo=hlo, report=report)
+        plans = planner.make_plans(config, values.topology, points, hlo=hlo, report=report)
         print(planner.describe_plans(plans))
-        content = {"plans": [{"label": label, **plan.to_json()} for label, plan in plans]}
-        return _finish(values, content) or int(not any(plan.verdict.fits for _, plan in plans))
+        table = {"plans": [{"label": label, **plan.to_json()} for label, plan in plans]}
+        return _finish(values, table) or int(not any(plan.verdict.fits for _, plan in plans))
     report(f"{config.name}: compiling for {values.topology}; minutes for a model of billions of parameters")
     plan = planner.make_plan(config, values.topology, hlo=hlo)
     print(planner.describe_plan(plan))
-    content = plan.to_json()
+    content: dict[str, Any] = plan.to_json()
     if values.compare:
         report("the same with model.ttt=None")
         model = dataclasses.replace(config.model, ttt=None)

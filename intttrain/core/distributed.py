@@ -81,8 +81,8 @@ def start_distributed() -> None:
     platforms = jax.config.jax_platforms  # type: ignore[attr-defined]  # options are attributes made at run time
     start = choose_start(os.environ, platforms)
     if start is not None:
-        # CPU devices run programs side by side, on a few threads. Two programs that communicate then wait for each other
-        # when processes get to them in another order; one at a time they cannot. Other devices keep the order anyway.
+        # CPU devices run programs side by side, on a few threads. Two programs that communicate then wait for each
+        # other when processes get to them in another order; one at a time they cannot. Other devices keep the order.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
         _connect(start, _timeout_seconds(os.environ))
 

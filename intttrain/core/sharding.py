@@ -18,6 +18,7 @@ from intttrain.core.config import Config
 from intttrain.core.errors import UserError, nearest_divisors
 
 PyTree = Any
+Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 Axes = tuple[str | None, ...]
 
 # Logical name -> mesh axes, outermost first. A dim without an axis is replicated.
@@ -136,7 +137,7 @@ def platform() -> str:
     return jax.default_backend() if device is None else str(device.platform)
 
 
-def named_shardings(mesh: jax.sharding.Mesh, axes: PyTree, abstract: PyTree) -> PyTree:
+def named_shardings(mesh: Mesh, axes: PyTree, abstract: PyTree) -> PyTree:
     """Returns the sharding of every parameter.
 
     Args:
@@ -163,7 +164,7 @@ def named_shardings(mesh: jax.sharding.Mesh, axes: PyTree, abstract: PyTree) -> 
     return jax.tree_util.tree_map_with_path(sharding, abstract, axes)
 
 
-def check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:
+def check_batch(config: Config, mesh: Mesh) -> None:
     """Checks that the rows of a microbatch, and the tokens of a row, can be cut over the mesh. Raises ``UserError``."""
     rows, pieces = config.train.batch_rows // config.train.microbatches, _pieces(mesh, "batch")
     if rows % pieces:
@@ -188,7 +189,7 @@ def check_batch(config: Config, mesh: jax.sharding.Mesh) -> None:
         )
 
 
-def _pieces(mesh: jax.sharding.Mesh, name: str) -> int:
+def _pieces(mesh: Mesh, name: str) -> int:
     size = 1
     for axis in RULES[name]:
         size *= mesh.shape[axis]

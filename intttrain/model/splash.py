@@ -1,8 +1,9 @@
 """Attention on TPUs: JAX's splash kernels, which never hold the scores of more than one block.
 
-Each device attends with its own rows and heads. A context axis divides the heads as well while the kernel runs, where
-they divide by it: the row comes together and the heads part (all-to-all), then the reverse. Otherwise every context
-shard computes all of its heads, which is right and wasteful.
+Each device attends with its own rows and heads, mapped over rows and key/value heads: what is mapped over is "parallel"
+to the kernels, so both cores of a v4 or v5p work, backward too, even on a single row. A context axis divides the heads
+as well while the kernel runs, where they divide by it: the row comes together and the heads part (all-to-all), then the
+reverse. Otherwise every context shard computes all of its heads, which is right and wasteful.
 
 Letters: B row, T tokens, N query heads, K key/value heads, H head dim; lower case is a device's part.
 """
@@ -10,6 +11,7 @@ Letters: B row, T tokens, N query heads, K key/value heads, H head dim; lower ca
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +23,10 @@ from jaxtyping import Array, Float, Int
 from intttrain.core.sharding import axis_size, constrain, per_device
 
 TOKEN_MULTIPLE = 128  # the smallest block of the kernel
+# Predicted use of a v5p at 8k tokens (``python -m intttrain.planner.profile_kernels``): forward .56 with blocks of
+# 1024, .64 when it computes half of a block's keys at a time; the backward kernels .77 and .74. The others agree.
 _LARGEST_BLOCK = 1024
+_FORWARD_COMPUTE = 512
 
 
 def supports(seq_len: int, head_dim: int) -> str:
@@ -56,8 +61,12 @@ def splash_attention(
     in_axes = ("batch", heads, None, "head_dim")
 
     def local(q_bnTH: jax.Array, k_bkTH: jax.Array, v_bkTH: jax.Array, segment_ids_bT: jax.Array) -> jax.Array:
-        attend = _make_kernel(seq_len, q_bnTH.shape[1], window, interpret)
-        return jax.vmap(attend)(q_bnTH, k_bkTH, v_bkTH, kernel.SegmentIds(segment_ids_bT, segment_ids_bT))
+        rows, heads = q_bnTH.shape[:2]
+        groups = heads // k_bkTH.shape[1]
+        attend = jax.vmap(_make_kernel(seq_len, groups, window, interpret), in_axes=(0, 0, 0, None))
+        q_bkgTH = q_bnTH.reshape(rows, -1, groups, seq_len, head_dim)
+        segments = kernel.SegmentIds(segment_ids_bT, segment_ids_bT)
+        return jax.vmap(attend)(q_bkgTH, k_bkTH, v_bkTH, segments).reshape(q_bnTH.shape)
 
     by_head = [jnp.swapaxes(x, 1, 2) for x in (q_BTNH * head_dim**-0.5, k_BTKH, v_BTKH)]
     attend = per_device(local, (in_axes, in_axes, in_axes, ("batch", None)), in_axes)
@@ -72,15 +81,18 @@ def _mask(seq_len: int, heads: int, window: int | None) -> masks.MultiHeadMask:
     return masks.MultiHeadMask([mask] * heads)
 
 
-def _make_kernel(seq_len: int, heads: int, window: int | None, interpret: bool) -> kernel.SplashAttentionKernel:
-    """Returns the kernel for one row; what it keeps for the backward pass carries the name "attention" (remat)."""
+def _make_kernel(seq_len: int, heads: int, window: int | None, interpret: bool) -> Any:
+    """Returns the kernel for the queries of one key/value head of one row.
+
+    What it keeps for the backward pass carries the name "attention" (remat).
+    """
     block = int(np.gcd(seq_len, _LARGEST_BLOCK))
     sizes = kernel.BlockSizes(
-        block_q=block, block_kv=block, block_kv_compute=block,
+        block_q=block, block_kv=block, block_kv_compute=min(block, _FORWARD_COMPUTE),
         block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
         block_q_dq=block, block_kv_dq=block,
     )  # fmt: skip
-    return kernel.make_splash_mha(
+    return kernel.make_splash_mqa(
         _mask(seq_len, heads, window), block_sizes=sizes, head_shards=1, q_seq_shards=1,
         residual_checkpoint_name="attention", interpret=interpret,
     )  # fmt: skip

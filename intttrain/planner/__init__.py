@@ -15,7 +15,7 @@ replication   what every device holds although it could be in pieces
 
 from intttrain.planner.plan import Plan, make_plan
 from intttrain.planner.report import describe_plan, describe_plans, describe_ttt_share
-from intttrain.planner.sweep import change, parse_sweep, sweep
+from intttrain.planner.sweep import change, make_plans, parse_sweep
 
 __all__ = [
     "Plan",
@@ -24,6 +24,6 @@ __all__ = [
     "describe_plans",
     "describe_ttt_share",
     "make_plan",
+    "make_plans",
     "parse_sweep",
-    "sweep",
 ]

@@ -39,21 +39,63 @@ class Blocks(NamedTuple):
 #
 # Measured with jax 0.12.0 and libtpu 0.0.52, ``python -m intttrain.planner.profile_kernels --chip=NAME``: the
 # compiler's static profile of one kernel whose block table was taken away, so that no body depends on run-time values
-# and every block of the square is computed; efficiency = matmul FLOPs of the square / (cycles x peak per cycle).
+# and every block of the square is computed; efficiency = matmul FLOPs of the square / (cycles x peak per cycle). The
+# square has 4096 tokens (2048 with blocks of 256, and for dq on v6e with blocks of 1024); 64 MiB of scoped
+# on-chip memory. A head dim of 128 fills half of a matrix unit of v6e and tpu7x: 0.5 is their best.
 EFFICIENCY: Mapping[str, Mapping[str, Mapping[Blocks, float]]] = types.MappingProxyType(
     {
         "v5p": {
             "fwd": {
-                Blocks(512, 512, 512): 0.595, Blocks(1024, 1024, 1024): 0.664, Blocks(2048, 2048, 2048): 0.662,
-                Blocks(1024, 1024, 512): 0.750, Blocks(1024, 2048, 512): 0.800, Blocks(2048, 2048, 512): 0.815,
+                Blocks(256, 256, 256): 0.239, Blocks(512, 512, 512): 0.595, Blocks(512, 1024, 512): 0.694,
+                Blocks(1024, 1024, 256): 0.736,
+                Blocks(1024, 1024, 512): 0.750, Blocks(1024, 1024, 1024): 0.664, Blocks(1024, 2048, 512): 0.800,
+                Blocks(2048, 1024, 512): 0.774, Blocks(2048, 2048, 512): 0.815, Blocks(2048, 2048, 2048): 0.662,
             },
             "dkv": {
-                Blocks(512, 512, 512): 0.74, Blocks(1024, 1024, 1024): 0.909, Blocks(2048, 2048, 2048): 0.952,
-                Blocks(1024, 2048, 512): 0.934,
+                Blocks(256, 256, 256): 0.358, Blocks(512, 512, 512): 0.762, Blocks(512, 1024, 512): 0.854,
+                Blocks(1024, 512, 512): 0.854, Blocks(1024, 1024, 512): 0.908, Blocks(1024, 1024, 1024): 0.909,
+                Blocks(1024, 2048, 512): 0.934, Blocks(2048, 2048, 2048): 0.952,
             },
             "dq": {
-                Blocks(512, 512, 512): 0.69, Blocks(1024, 1024, 1024): 0.876, Blocks(2048, 2048, 2048): 0.928,
-                Blocks(2048, 1024, 1024): 0.910,
+                Blocks(256, 256, 256): 0.344, Blocks(512, 512, 512): 0.709, Blocks(1024, 1024, 1024): 0.876,
+                Blocks(2048, 1024, 1024): 0.910, Blocks(2048, 2048, 2048): 0.928,
+            },
+        },
+        "v5e": {
+            "fwd": {
+                Blocks(512, 512, 512): 0.698, Blocks(1024, 1024, 512): 0.795, Blocks(1024, 1024, 1024): 0.697,
+                Blocks(1024, 2048, 512): 0.844,
+                Blocks(2048, 2048, 2048): 0.684,
+            },
+            "dkv": {
+                Blocks(512, 512, 512): 0.856, Blocks(1024, 1024, 1024): 0.947, Blocks(2048, 2048, 2048): 0.972,
+            },
+            "dq": {
+                Blocks(512, 512, 512): 0.819, Blocks(1024, 1024, 1024): 0.924,
+            },
+        },
+        "v6e": {
+            "fwd": {
+                Blocks(512, 512, 512): 0.216, Blocks(1024, 1024, 512): 0.255, Blocks(1024, 1024, 1024): 0.201,
+                Blocks(1024, 2048, 512): 0.276, Blocks(2048, 2048, 2048): 0.195,
+            },
+            "dkv": {
+                Blocks(512, 512, 512): 0.308, Blocks(512, 2048, 512): 0.365, Blocks(1024, 1024, 1024): 0.396,
+                Blocks(1024, 2048, 512): 0.396,
+            },
+            "dq": {
+                Blocks(512, 512, 512): 0.287, Blocks(1024, 1024, 1024): 0.336,
+            },
+        },
+        "tpu7x": {
+            "fwd": {
+                Blocks(512, 512, 512): 0.174, Blocks(1024, 1024, 512): 0.241, Blocks(1024, 1024, 1024): 0.191,
+            },
+            "dkv": {
+                Blocks(512, 512, 512): 0.257, Blocks(1024, 1024, 1024): 0.398,
+            },
+            "dq": {
+                Blocks(512, 512, 512): 0.226, Blocks(1024, 1024, 1024): 0.294,
             },
         },
     }
@@ -64,7 +106,7 @@ EFFICIENCY: Mapping[str, Mapping[str, Mapping[Blocks, float]]] = types.MappingPr
 STEP_CYCLES: Mapping[str, float] = types.MappingProxyType({"fwd": 352.0, "dkv": 575.0, "dq": 458.0})
 
 # Chips without measurements of their own, and whose they take.
-_NEAREST: Mapping[str, str] = types.MappingProxyType({"v4": "v5p", "v5e": "v5p", "tpu7x": "v6e"})
+_NEAREST: Mapping[str, str] = types.MappingProxyType({"v4": "v5p"})
 _SETTINGS: Mapping[str, tuple[str, str, str]] = types.MappingProxyType(
     {
         "fwd": ("block_q", "block_kv", "block_kv_compute"),
@@ -140,10 +182,10 @@ def read_call(instruction: Instruction) -> AttentionCall | None:
     floats = [shape for shape in shapes if shape.dtype.startswith(("bf", "f"))]
     if not all(isinstance(size, int) for size in sizes) or len(floats) < 3:
         return None
-    if kind == "dkv" and len(instruction.shape.elements) > 2:
-        return None
     blocks = Blocks(*sizes)  # type: ignore[arg-type]  # integers, as just checked
     q, k, v = (shape.dims for shape in floats[:3])
+    if any(len(result.dims) > len(q) for result in instruction.shape.elements):  # dq of every block of keys: fused
+        return None
     queries, keys, depth, depth_v = q[-2], k[-2], q[-1], v[-1]
     rows, columns = queries // blocks.q, keys // blocks.kv
     lines, longest = (columns, rows) if kind == "dkv" else (rows, columns)

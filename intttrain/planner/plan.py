@@ -119,9 +119,7 @@ def lower(program: Program) -> Any:
     return program.step.lower(program.state, program.batch)
 
 
-def _analyse(
-    config: Config, topology: Topology, program: Program, compiled: Any, text: str, seconds: float
-) -> Plan:
+def _analyse(config: Config, topology: Topology, program: Program, compiled: Any, text: str, seconds: float) -> Plan:
     module = parse_module(text)
     counts = execution_counts(module)
     memory = read_memory(compiled, module, state=program.state, batch=program.batch, folder=PACKAGE)

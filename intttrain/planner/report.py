@@ -47,7 +47,8 @@ def _memory(plan: Plan) -> list[str]:
         share = memory.estimated_peak / memory.peak
         lines += ["", f"largest temporaries at the peak (from the schedule, which gives {share:.0%} of the peak)"]
         lines += [
-            f"  {_gib(b.bytes)}  {_short(b.line)}  {b.scope}  {b.count} x {b.shapes[0]}" for b in memory.largest[:_SHOWN]
+            f"  {_gib(b.bytes)}  {_short(b.line)}  {b.scope}  {b.count} x {b.shapes[0]}"
+            for b in memory.largest[:_SHOWN]
         ]
     return lines
 

@@ -28,9 +28,7 @@ def parse_sweep(text: str, config: Config) -> list[dict[str, Any]]:
     for part in text.split():
         key, equals, values = part.partition("=")
         if not equals or not values.strip(","):
-            raise UserError(
-                f"--sweep: {part!r} is not KEY=VALUE,VALUE; write for example model.remat=full,qkv train.microbatches=1,2"
-            )
+            raise UserError(f"--sweep: {part!r} is not KEY=VALUE,VALUE; for example model.remat=full,qkv")
         if key not in known:
             raise UserError(f"--sweep: unknown configuration key {key}{did_you_mean(key, known)}")
         choices[key] = [_value(value) for value in values.split(",") if value]
@@ -51,7 +49,7 @@ def change(config: Config, changes: Mapping[str, Any]) -> Config:
     return resolve(unflatten(flatten(as_dict(config)) | dict(changes)))
 
 
-def sweep(
+def make_plans(
     config: Config, topology: str, points: list[dict[str, Any]], *, hlo: Path | None, report: Callable[[str], None]
 ) -> list[tuple[str, Plan]]:
     """Returns the plans of all points that are possible, each with its label.

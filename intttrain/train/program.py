@@ -57,7 +57,7 @@ class Program:
         rows = self.local_rows()
 
         def globally(local: np.ndarray, target: jax.ShapeDtypeStruct) -> jax.Array:
-            def piece(index: tuple[slice, ...]) -> np.ndarray:
+            def piece(index: Any) -> np.ndarray:
                 start, stop, _ = index[0].indices(target.shape[0])
                 first = rows.index(start)
                 return local[(slice(first, first + stop - start), *index[1:])]
@@ -101,7 +101,7 @@ def _with_sharding(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.S
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _state_shardings(config: Config, mesh: Mesh) -> TrainState:
+def _state_shardings(config: Config, mesh: Mesh) -> dict[str, Any]:
     """Returns the sharding of every leaf of the state; both moments lie like their parameter."""
     params = abstract_params(config.model)
     axes = logical_axes(config.model)
@@ -112,4 +112,4 @@ def _state_shardings(config: Config, mesh: Mesh) -> TrainState:
         optimizer, lambda _, sharding: sharding, abstract_state(config)["opt_state"], by_param,
         transform_non_params=lambda _: replicated,
     )  # fmt: skip
-    return TrainState(params=by_param, opt_state=opt_state, step=replicated, healthy=replicated, rng=replicated)
+    return {"params": by_param, "opt_state": opt_state} | dict.fromkeys(("step", "healthy", "rng"), replicated)

@@ -1,4 +1,4 @@
-"""Four processes with two devices each train as one process with eight, and each goes on from the other's checkpoint."""
+"""Four processes with two devices each train as one with eight, and each goes on from the checkpoint of the other."""
 
 from __future__ import annotations
 

@@ -15,9 +15,9 @@ from tests.devices.equality import MESHES
 
 REPO = Path(__file__).resolve().parents[2]
 
-# fp32 sums in another order. Gradients: the sums run over up to 256 tokens, so a few times 2^-24 * sqrt(256) relative to
-# the largest entry. Parameters: Adam's first update is lr * g / |g|, which turns the rounding of the smallest gradients
-# into a visible part of lr.
+# fp32 sums in another order. Gradients: the sums run over up to 256 tokens, so a few times 2^-24 * sqrt(256) relative
+# to the largest entry. Parameters: Adam's first update is lr * g / |g|, which turns the rounding of the smallest
+# gradients into a visible part of lr.
 TOLERANCE = {"gradient": 1e-5, "loss": 2e-6, "row_loss": 2e-6, "params": 2e-4}
 
 
@@ -38,9 +38,7 @@ def found() -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", ["ttt", "dense"])
 @pytest.mark.parametrize("mesh", MESHES)
-def test_eight_devices_compute_what_one_computes(
-    found: dict[str, Any], kind: str, mesh: str
-) -> None:
+def test_eight_devices_compute_what_one_computes(found: dict[str, Any], kind: str, mesh: str) -> None:
     distances = found["distances"][f"{kind} {mesh}"]
     assert len(distances) > 20 and ("gradient.ttt.conv" in distances) == (kind == "ttt")
     too_far = {name: value for name, value in distances.items() if not value <= TOLERANCE[name.split(".")[0]]}

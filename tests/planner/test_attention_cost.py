@@ -204,7 +204,7 @@ def test_a_kernel_without_a_block_table_computes_every_block():
         {"name": "my_kernel"},
         {"settings": {}},
         {"settings": DKV_SETTINGS | {"q_layout": 2}},
-        {"results": f"({Q}, {K}, {K})"},  # the fused backward kernel writes dq too
+        {"results": f"(bf16[2,4,512,128]{{3,2,1,0}}, {K}, {K})"},  # the fused backward kernel writes dq too
         {"operands": "s32[]"},
     ],
     ids=str,

@@ -114,3 +114,10 @@ def test_roomier():
 def test_rings(name, wraps):
     """As the Cloud TPU documentation says: 3D slices made of whole 4x4x4 cubes, 2D dimensions of 16."""
     assert describe_topology(name).wraps() == wraps
+
+
+def test_meshes_of_another_number_of_slices_are_refused():
+    with pytest.raises(UserError, match=r"mesh\.slices=4, but there are 2 slices; use mesh\.slices=2"):
+        make_mesh(MeshConfig(data=4, slices=4), devices("v5e:4x4", 2))
+    with pytest.raises(UserError, match=r"one slice; use mesh\.slices=1"):
+        make_mesh(MeshConfig(data=2, slices=2), devices("v5e:4x4", 1))

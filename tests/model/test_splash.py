@@ -1,0 +1,56 @@
+"""The TPU attention kernel, interpreted on the CPU, against the dense form: value and gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from intttrain.core.errors import UserError
+from intttrain.model.attention import attend, causal_mask, dense_attention
+from intttrain.model.splash import splash_attention, supports
+from tests.model.test_causality import CONFIG
+
+T, N, K, H = 256, 4, 2, 128
+
+
+def inputs() -> tuple[jax.Array, ...]:
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v, do = (jax.random.normal(key, (1, T, heads, H)) for key, heads in zip(keys, (N, K, K, N), strict=True))
+    return q, k, v, do
+
+
+def segments() -> jax.Array:
+    """Three documents, one edge on a block of 128, and padding."""
+    return jnp.asarray(np.repeat([1, 2, 3, 0], [128, 70, 40, 18])[None], jnp.int32)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_splash_is_dense_in_value_and_gradient(window):
+    q, k, v, do = inputs()
+
+    def dense(q, k, v):
+        return dense_attention(q, k, v, causal_mask(segments(), window))
+
+    def splash(q, k, v):
+        return splash_attention(q, k, v, segments(), window, interpret=True)
+
+    wanted, pull = jax.vjp(dense, q, k, v)
+    actual, pull_splash = jax.vjp(splash, q, k, v)
+    # fp32 sums over up to 256 keys in another order; the kernel multiplies in fp32 too.
+    np.testing.assert_allclose(actual, wanted, atol=2e-5)
+    for a, b in zip(pull_splash(do), pull(do), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_shapes_that_the_kernel_cannot_run_are_refused_or_left_to_dense():
+    assert supports(256, 128) == ""
+    assert "200 tokens a row are not a multiple of 128" in supports(200, 128)
+    assert "head_dim 64" in supports(256, 64)
+    q, k, v, _ = (x[:, :200] for x in inputs())
+    config = dataclasses.replace(CONFIG, attention="splash", head_dim=H, sliding_window=None)
+    with pytest.raises(UserError, match="200 tokens"):
+        attend(config, q, k, v, segments()[:, :200])
