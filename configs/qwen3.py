@@ -78,7 +78,8 @@ def get_config(variant: str = "4b_8k") -> ml_collections.ConfigDict:
     model.rope.theta = 1e6
     if length == "128k":
         model.rope.scaling = {"kind": "yarn", "factor": 4.0, "original_max_position": 32768}
-    model.remat = "attention"  # keeps the one thing that takes longer to recompute the longer the row is
+    # Attention takes longer to recompute the longer the row is; at 8k there is room to keep its inputs as well.
+    model.remat = "qkv" if length == "8k" else "attention"
     model.ttt.layers = tuple(range(0, model.num_layers, 6))
     model.ttt.target, model.ttt.chunk_tokens = "hidden_states", 1024
     # eta and the chunk are coupled: nothing divides by C. The authors' code has 3 with chunks of 4096. The state at

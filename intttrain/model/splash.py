@@ -1,9 +1,9 @@
 """Attention on TPUs: JAX's splash kernels, which never hold the scores of more than one block.
 
-Each device attends with its own rows and heads, mapped over rows and key/value heads: what is mapped over is "parallel"
-to the kernels, so both cores of a v4 or v5p work, backward too, even on a single row. A context axis divides the heads
-as well while the kernel runs, where they divide by it: the row comes together and the heads part (all-to-all), then the
-reverse. Otherwise every context shard computes all of its heads, which is right and wasteful.
+Each device attends with its own rows and heads. What a kernel is mapped over is "parallel" to it, and both cores of a
+v4 or v5p work on that, backward too: rows where there are several, else key/value heads (which costs copies). A context
+axis divides the heads as well while the kernel runs, where they divide by it: the row comes together and the heads part
+(all-to-all), then the reverse. Otherwise every context shard computes all heads, which is right and wasteful.
 
 Letters: B row, T tokens, N query heads, K key/value heads, H head dim; lower case is a device's part.
 """
@@ -11,6 +11,7 @@ Letters: B row, T tokens, N query heads, K key/value heads, H head dim; lower ca
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -62,11 +63,16 @@ def splash_attention(
 
     def local(q_bnTH: jax.Array, k_bkTH: jax.Array, v_bkTH: jax.Array, segment_ids_bT: jax.Array) -> jax.Array:
         rows, heads = q_bnTH.shape[:2]
-        groups = heads // k_bkTH.shape[1]
-        attend = jax.vmap(_make_kernel(seq_len, groups, window, interpret), in_axes=(0, 0, 0, None))
-        q_bkgTH = q_bnTH.reshape(rows, -1, groups, seq_len, head_dim)
         segments = kernel.SegmentIds(segment_ids_bT, segment_ids_bT)
-        return jax.vmap(attend)(q_bkgTH, k_bkTH, v_bkTH, segments).reshape(q_bnTH.shape)
+        if rows > 1:
+            return jax.vmap(_make_kernel(kernel.make_splash_mha, seq_len, heads, window, interpret))(
+                q_bnTH, k_bkTH, v_bkTH, segments
+            )
+        groups = heads // k_bkTH.shape[1]
+        attend = _make_kernel(kernel.make_splash_mqa, seq_len, groups, window, interpret)
+        q_bkgTH = q_bnTH.reshape(rows, -1, groups, seq_len, head_dim)
+        per_row = jax.vmap(jax.vmap(attend, in_axes=(0, 0, 0, None)))
+        return per_row(q_bkgTH, k_bkTH, v_bkTH, segments).reshape(q_bnTH.shape)
 
     by_head = [jnp.swapaxes(x, 1, 2) for x in (q_BTNH * head_dim**-0.5, k_BTKH, v_BTKH)]
     attend = per_device(local, (in_axes, in_axes, in_axes, ("batch", None)), in_axes)
@@ -81,8 +87,8 @@ def _mask(seq_len: int, heads: int, window: int | None) -> masks.MultiHeadMask:
     return masks.MultiHeadMask([mask] * heads)
 
 
-def _make_kernel(seq_len: int, heads: int, window: int | None, interpret: bool) -> Any:
-    """Returns the kernel for the queries of one key/value head of one row.
+def _make_kernel(make: Callable[..., Any], seq_len: int, heads: int, window: int | None, interpret: bool) -> Any:
+    """Returns the kernel for one row (``make_splash_mha``) or for one of its key/value heads (``make_splash_mqa``).
 
     What it keeps for the backward pass carries the name "attention" (remat).
     """
@@ -92,7 +98,7 @@ def _make_kernel(seq_len: int, heads: int, window: int | None, interpret: bool) 
         block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
         block_q_dq=block, block_kv_dq=block,
     )  # fmt: skip
-    return kernel.make_splash_mqa(
+    return make(
         _mask(seq_len, heads, window), block_sizes=sizes, head_shards=1, q_seq_shards=1,
         residual_checkpoint_name="attention", interpret=interpret,
     )  # fmt: skip

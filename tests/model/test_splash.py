@@ -17,9 +17,9 @@ from tests.model.test_causality import CONFIG
 T, N, K, H = 256, 4, 2, 128
 
 
-def inputs() -> tuple[jax.Array, ...]:
+def inputs(rows: int = 1) -> tuple[jax.Array, ...]:
     keys = jax.random.split(jax.random.key(0), 4)
-    q, k, v, do = (jax.random.normal(key, (1, T, heads, H)) for key, heads in zip(keys, (N, K, K, N), strict=True))
+    q, k, v, do = (jax.random.normal(key, (rows, T, heads, H)) for key, heads in zip(keys, (N, K, K, N), strict=True))
     return q, k, v, do
 
 
@@ -28,15 +28,17 @@ def segments() -> jax.Array:
     return jnp.asarray(np.repeat([1, 2, 3, 0], [128, 70, 40, 18])[None], jnp.int32)
 
 
-@pytest.mark.parametrize("window", [None, 100])
-def test_splash_is_dense_in_value_and_gradient(window):
-    q, k, v, do = inputs()
+@pytest.mark.parametrize(("rows", "window"), [(1, None), (1, 100), (2, None)])
+def test_splash_is_dense_in_value_and_gradient(rows, window):
+    """One row is cut by key/value heads, several are not."""
+    q, k, v, do = inputs(rows)
+    ids = jnp.concatenate([segments(), jnp.flip(segments(), 1)])[:rows]
 
     def dense(q, k, v):
-        return dense_attention(q, k, v, causal_mask(segments(), window))
+        return dense_attention(q, k, v, causal_mask(ids, window))
 
     def splash(q, k, v):
-        return splash_attention(q, k, v, segments(), window, interpret=True)
+        return splash_attention(q, k, v, ids, window, interpret=True)
 
     wanted, pull = jax.vjp(dense, q, k, v)
     actual, pull_splash = jax.vjp(splash, q, k, v)
