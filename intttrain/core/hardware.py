@@ -22,6 +22,8 @@ import os
 import types
 from collections.abc import Mapping
 
+import jax
+
 from intttrain.core.errors import UserError, did_you_mean
 
 GIB = 2**30
@@ -148,3 +150,4 @@ def prepare_topology_compilation() -> None:
         )
     for name, value in _ABSENT_TPU.items():
         os.environ.setdefault(name, value)
+    jax.config.update("jax_platforms", "cpu")  # compiling needs no device: a TPU that is there stays free for a run

@@ -206,7 +206,7 @@ def _efficiency(chip: Chip, call: AttentionCall) -> tuple[float, str]:
     table = EFFICIENCY[source][call.kind]
     nearest = min(table, key=lambda b: sum(abs(math.log(x / y)) for x, y in zip(b, call.blocks, strict=True)))
     exact = nearest == call.blocks and source == chip.name
-    how = "measured" if exact else f"assumed as on {source} with blocks {'/'.join(map(str, nearest))}"
+    how = "profiled" if exact else f"assumed as on {source} with blocks {'/'.join(map(str, nearest))}"
     return table[nearest], how
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 
 from intttrain.core.config import Config
+from intttrain.core.errors import UserError
 from intttrain.core.hardware import Chip
 from intttrain.model import FLOP_RULE, model_flops_per_token
 from intttrain.planner.attention_cost import attention_model
@@ -94,9 +95,13 @@ def make_plan(config: Config, topology_name: str, *, hlo: Path | None = None) ->
       hlo: receives ``NAME.TOPOLOGY.txt``, the compiled text, if given.
 
     Raises:
-      UserError: the topology does not exist, or mesh or batch do not fit it; before anything is compiled.
+      UserError: the topology does not exist, mesh or batch do not fit it, or the text is there already; before
+        anything is compiled.
     """
     topology = describe_topology(topology_name, config.mesh.slices)
+    target = None if hlo is None else hlo / f"{config.name}.{topology.name.replace(':', '-')}.txt"
+    if target is not None and target.exists():
+        raise UserError(f"--hlo={hlo}: {target.name} is there already and is not overwritten; name another folder")
     program = make_program(config, topology_devices(topology))
     start = time.monotonic()
     try:
@@ -108,9 +113,9 @@ def make_plan(config: Config, topology_name: str, *, hlo: Path | None = None) ->
         return _refused(config, topology, program, refusal, time.monotonic() - start)
     seconds = time.monotonic() - start
     text = compiled.as_text()
-    if hlo is not None:
-        hlo.mkdir(parents=True, exist_ok=True)
-        (hlo / f"{config.name}.{topology.name.replace(':', '-')}.txt").write_text(text)
+    if target is not None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text)
     return _analyse(config, topology, program, compiled, text, seconds)
 
 

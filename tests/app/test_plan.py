@@ -99,6 +99,16 @@ def test_memory_is_the_compilers(config: str, compared: tuple[str, dict, dict, P
     assert memory["optimizer"] == pytest.approx(2 * memory["parameters"], rel=0.01)
 
 
+def test_a_text_that_is_there_is_not_overwritten(
+    config: str, compared: tuple[str, dict, dict, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from intttrain.planner import plan
+
+    monkeypatch.setattr(plan, "lower", lambda program: pytest.fail("it compiles"))
+    line = error_line(cli("plan", config, "--topology=v5e:2x2", f"--hlo={compared[3]}"), after_other_lines=True)
+    assert "planned.v5e-2x2.txt is there already" in line
+
+
 def test_a_sweep(config: str) -> None:
     out = done("plan", config + ":dense", "--topology=v5e:2x2", "--sweep=model.remat=full,qkv").out
     assert "remat=full" in out and "remat=qkv" in out and out.count("*") >= 1

@@ -147,7 +147,7 @@ def test_the_measured_efficiency_is_what_is_paid():
     efficiency = EFFICIENCY["v5p"]["dkv"][Blocks(512, 512, 512)]
     price = attention_cycles(V5P, CALL._replace(steps=CALL.computed))
     assert price.cycles == pytest.approx(CALL.flops / (V5P.peak_flops * efficiency) * V5P.clock_hz)
-    assert "measured" in price.basis and "2 of 2 cores" in price.basis
+    assert "profiled" in price.basis and "2 of 2 cores" in price.basis
 
 
 def test_what_was_not_measured_is_called_assumed():
