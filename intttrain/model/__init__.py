@@ -2,7 +2,7 @@
 
 from intttrain.model.decode import DecodeState, decode_step, generate, init_decode_state
 from intttrain.model.decoder import Decoder, DecoderOutput, TTTStats
-from intttrain.model.flops import FLOP_RULE, matmul_parameters, model_flops_per_token
+from intttrain.model.flops import FLOP_RULE, kept_values, matmul_parameters, model_flops_per_token
 from intttrain.model.functional import Params, abstract_params, bind, init_params, logical_axes
 from intttrain.model.loss import token_nll
 
@@ -19,6 +19,7 @@ __all__ = [
     "generate",
     "init_decode_state",
     "init_params",
+    "kept_values",
     "logical_axes",
     "matmul_parameters",
     "model_flops_per_token",

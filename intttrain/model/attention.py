@@ -68,7 +68,10 @@ def attend(
     v_BTKH: Float[Array, "B T K H"],
     segment_ids_BT: Int[Array, "B T"],
 ) -> Float[Array, "B T N H"]:
-    """Attends from every token to itself and the tokens before it in its document and window."""
+    """Attends from every token to itself and the tokens before it in its document and window.
+
+    The result, in the layout that its own backward pass wants, carries the name "attention" for remat policies.
+    """
     window, seq_len = config.sliding_window, q_BTNH.shape[1]
     if config.attention == "splash" or (config.attention == "auto" and platform() == "tpu"):
         obstacle = supports(seq_len, config.head_dim)
@@ -78,8 +81,10 @@ def attend(
             raise UserError(f'model.attention="splash": {obstacle}; use "auto" or "dense"')
     banded = config.attention == "banded" or (config.attention == "auto" and 2 * (window or seq_len) < seq_len)
     if banded and window is not None:
-        return banded_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, window)
-    return dense_attention(q_BTNH, k_BTKH, v_BTKH, causal_mask(segment_ids_BT, window))
+        o_BTNH = banded_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, window)
+    else:
+        o_BTNH = dense_attention(q_BTNH, k_BTKH, v_BTKH, causal_mask(segment_ids_BT, window))
+    return checkpoint_name(o_BTNH, "attention")
 
 
 def causal_mask(segment_ids_BT: Int[Array, "B T"], window: int | None) -> Bool[Array, "B T T"]:

@@ -141,7 +141,7 @@ def _apply_layer(
     with jax.named_scope("attention"):
         q_BTNH, k_BTKH, v_BTKH = layer.attention.project(layer.attention_norm(x_BTD), rope)
         o_BTNH = attend(config, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
-        x_BTD = checkpoint_name(x_BTD + layer.attention.output(checkpoint_name(o_BTNH, "attention")), "residual")
+        x_BTD = checkpoint_name(x_BTD + layer.attention.output(o_BTNH), "residual")
     with jax.named_scope("mlp"):
         h_BTD = layer.mlp_norm(x_BTD)
         z_BTF = layer.mlp.activate(h_BTD)

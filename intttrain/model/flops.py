@@ -8,6 +8,7 @@ from __future__ import annotations
 import jax
 
 from intttrain.core.config import ModelConfig
+from intttrain.model.decoder import OFFLOADED, REMAT_KEEPS
 from intttrain.model.functional import abstract_params
 
 FLOP_RULE = (
@@ -24,6 +25,26 @@ def matmul_parameters(config: ModelConfig) -> int:
         params.pop("embed")
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return sum(leaf.size for path, leaf in leaves if "norm" not in jax.tree_util.keystr(path))
+
+
+def kept_values(config: ModelConfig, tensor: int) -> int | None:
+    """Returns how many values a layer keeps per token for the backward pass, its input included, by ``model.remat``.
+
+    ``None`` for "none", where the compiler decides. ``tensor`` devices share heads and feed-forward width. "offload"
+    keeps them in the memory of the host.
+    """
+    width, head = config.d_model, config.head_dim
+    sizes = {
+        "layer_input": width,
+        "attention": config.num_heads * head // tensor,
+        "qkv": (config.num_heads + 2 * config.num_kv_heads) * head // tensor,
+        "residual": width,
+        "mlp": 2 * config.d_ff // tensor,
+    }
+    if config.remat == "none":
+        return None
+    names = OFFLOADED if config.remat == "offload" else ("layer_input", *REMAT_KEEPS[config.remat])
+    return sum(sizes[name] for name in names)
 
 
 def attended_tokens(config: ModelConfig, seq_len: int) -> float:

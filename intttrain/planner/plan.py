@@ -18,7 +18,7 @@ import jax
 from intttrain.core.config import Config
 from intttrain.core.errors import UserError
 from intttrain.core.hardware import Chip
-from intttrain.model import FLOP_RULE, model_flops_per_token
+from intttrain.model import FLOP_RULE, kept_values, model_flops_per_token
 from intttrain.planner.attention_cost import attention_model
 from intttrain.planner.collectives import Traffic, read_collectives, sum_traffic
 from intttrain.planner.cost import Cost, step_cost
@@ -61,7 +61,8 @@ class Prediction:
 class Plan:
     """What one configuration needs and costs on one topology.
 
-    ``memory`` to ``prediction`` are ``None`` where the compiler refused the program (see ``refusal``).
+    ``memory`` to ``prediction`` are ``None`` where the compiler refused the program (see ``refusal``). ``kept_bytes``
+    are what the remat policy keeps of all layers, by its definition; ``None`` for "none".
     """
 
     name: str
@@ -77,6 +78,7 @@ class Plan:
     prediction: Prediction | None
     refusal: Refusal | None
     remat: str
+    kept_bytes: int | None
     microbatches: int
     compile_seconds: float
     versions: dict[str, str]
@@ -167,9 +169,19 @@ def _heading(config: Config, topology: Topology, program: Program) -> dict[str, 
         "devices": topology.devices,
         "tokens_per_step": config.train.batch_rows * config.data.seq_len,
         "remat": config.model.remat,
+        "kept_bytes": _kept_bytes(config, program),
         "microbatches": config.train.microbatches,
         "versions": compiler_versions(),
     }
+
+
+def _kept_bytes(config: Config, program: Program) -> int | None:
+    """Returns the bytes that all layers keep on one device for the backward pass, by the remat policy."""
+    values = kept_values(config.model, program.mesh.shape["tensor"])
+    pieces = program.mesh.shape["data"] * program.mesh.shape["fsdp"] * program.mesh.shape["context"]
+    tokens = config.train.batch_rows * config.data.seq_len // (config.train.microbatches * pieces)
+    itemsize = 2 if config.model.compute_dtype == "bfloat16" else 4
+    return None if values is None else values * tokens * config.model.num_layers * itemsize
 
 
 def compiler_versions() -> dict[str, str]:

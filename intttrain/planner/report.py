@@ -38,11 +38,12 @@ def _memory(plan: Plan) -> list[str]:
         "batch": memory.batch,
         "gradients (fp32; part of the temporaries)": memory.gradients,
         "temporaries": memory.temporaries,
+        f"kept of all layers by remat {plan.remat} (part of the temporaries, by its rule)": plan.kept_bytes or 0,
         "peak": memory.peak,
         "on the host": memory.host,
     }
     lines = ["", "memory of a device"]
-    lines += [f"  {_gib(size)}  {name}" for name, size in parts.items() if size or name != "on the host"]
+    lines += [f"  {_gib(size)}  {name}" for name, size in parts.items() if size]
     if memory.largest and memory.estimated_peak:
         share = memory.estimated_peak / memory.peak
         lines += ["", f"largest temporaries at the peak (from the schedule, which gives {share:.0%} of the peak)"]

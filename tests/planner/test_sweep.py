@@ -23,7 +23,7 @@ def plan(needed: float, seconds: float | None) -> Plan:
         name="x", topology="v5e:4x4", mesh="fsdp 16", devices=16, tokens_per_step=16000,
         verdict=Verdict(fits, int(needed * GIB), 16 * GIB, "fits" if fits else "does not fit by 1.00 GiB: try", ()),
         memory=None, cost=None, traffic=None, replicated=None, prediction=prediction, refusal=None, remat="full",
-        microbatches=1, compile_seconds=1.0, versions={"jax": "1"},
+        kept_bytes=None, microbatches=1, compile_seconds=1.0, versions={"jax": "1"},
     )  # fmt: skip
 
 
