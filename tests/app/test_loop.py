@@ -174,7 +174,10 @@ def test_resuming_a_finished_run_does_nothing_and_says_so(
     world: World, straight: Path, copy_of: CopyOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workdir = copy_of(10)
-    monkeypatch.setattr(loop, "make_train_step", lambda config: pytest.fail)  # if a step is made, it fails
+    make_program = loop.make_program
+    monkeypatch.setattr(
+        loop, "make_program", lambda config: dataclasses.replace(make_program(config), step=lambda *_: pytest.fail())
+    )
     with unchanged(workdir / "checkpoints"):
         outcome = done("train", world.config, f"--workdir={workdir}")
     assert "resumed at step 10 of 10, nothing is left to do" in outcome.err

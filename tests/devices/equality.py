@@ -44,6 +44,7 @@ def tiny(ttt: bool, **changes: Any) -> Config:
     train.batch_rows, train.num_steps, train.microbatches = ROWS, 10, changes.pop("microbatches", 1)
     train.schedule.warmup_steps = 0
     train.optimizer.clip_norm = 1e9  # the first moment is then the gradient
+    train.optimizer.eps = 1e-2  # or Adam's first update, g / |g|, is the rounding of the smallest gradients
     return dataclasses.replace(resolve(config), mesh=MeshConfig(**changes))
 
 

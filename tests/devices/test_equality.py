@@ -9,20 +9,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.devices.equality import MESHES
 
 REPO = Path(__file__).resolve().parents[2]
 
-# fp32 sums in another order. Gradients: the sums run over up to 256 tokens, so a few times 2^-24 * sqrt(256) relative
-# to the largest entry. Parameters: Adam's first update is lr * g / |g|, which turns the rounding of the smallest
-# gradients into a visible part of lr.
-TOLERANCE = {"gradient": 1e-5, "loss": 2e-6, "row_loss": 2e-6, "params": 2e-4}
+# fp32 sums in another order, over up to 256 tokens: a few times 2^-24 * sqrt(256) relative to the largest entry.
+TOLERANCE = {"gradient": 1e-5, "loss": 2e-6, "row_loss": 2e-6, "params": 1e-5}
 
 
-@pytest.fixture(scope="module")
-def found() -> dict[str, Any]:
+def compare() -> dict[str, Any]:
     environment = {
         **os.environ,
         "PYTHONPATH": str(REPO),
@@ -36,18 +31,19 @@ def found() -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("kind", ["ttt", "dense"])
-@pytest.mark.parametrize("mesh", MESHES)
-def test_eight_devices_compute_what_one_computes(found: dict[str, Any], kind: str, mesh: str) -> None:
-    distances = found["distances"][f"{kind} {mesh}"]
-    assert len(distances) > 20 and ("gradient.ttt.conv" in distances) == (kind == "ttt")
-    too_far = {name: value for name, value in distances.items() if not value <= TOLERANCE[name.split(".")[0]]}
+def test_eight_devices_compute_what_one_computes_and_the_planner_lowers_it() -> None:
+    """One test, because all of it comes from one process that compiles for minutes."""
+    found = compare()
+    assert set(found["distances"]) == {f"{kind} {mesh}" for kind in ("ttt", "dense") for mesh in MESHES}
+    too_far = {}
+    for case, distances in found["distances"].items():
+        assert len(distances) > 20 and ("gradient.ttt.conv" in distances) == case.startswith("ttt")
+        for name, value in distances.items():
+            if not value <= TOLERANCE[name.split(".")[0]]:
+                too_far[f"{case} {name}"] = value
     assert not too_far
 
-
-@pytest.mark.parametrize("kind", ["ttt", "dense"])
-def test_the_planner_lowers_the_step_that_training_runs(found: dict[str, Any], kind: str) -> None:
-    planned, trained = found["lowerings"][kind]
-    assert planned == trained
-    assert "mhlo.num_partitions = 8" in planned and planned.count("sharding") > 50
-    assert found["lowerings"]["ttt"][0] != found["lowerings"]["dense"][0]
+    for planned, trained in found["lowerings"].values():
+        assert planned == trained, "the planner lowers another step than training"
+        assert "mhlo.num_partitions = 8" in planned and planned.count("sharding") > 50
+    assert found["lowerings"]["ttt"] != found["lowerings"]["dense"]
