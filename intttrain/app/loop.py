@@ -81,7 +81,7 @@ def train(config: Config, workdir: Path, *, stop_at_step: int | None, report: Ca
         start = int(state["step"])
         last = config.train.num_steps if stop_at_step is None else min(stop_at_step, config.train.num_steps)
         batches = make_batches(
-            dataset, batch_rows=config.train.batch_rows, cursor=cursor, local_rows=program.local_rows(),
+            dataset, batch_rows=config.train.batch_rows, cursor=cursor, local_rows=program.local_rows,
             prefetch_rows=config.data.prefetch_rows,
         )  # fmt: skip
         with make_metric_writers(

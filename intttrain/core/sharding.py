@@ -7,8 +7,9 @@ that runs without a mesh (evaluation, tests, one device) sees no constraint at a
 from __future__ import annotations
 
 import contextlib
+import math
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -65,10 +66,7 @@ def partition_spec(axes: Axes) -> PartitionSpec:
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pins ``x`` to the sharding of its logical names; does nothing where no mesh is in use."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return x
-    return jax.lax.with_sharding_constraint(x, partition_spec(axes))
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes)) if _sharded() else x
 
 
 def per_device(function: Callable[..., Any], in_axes: tuple[Axes, ...], out_axes: tuple[Axes, ...] | Axes) -> Any:
@@ -80,7 +78,7 @@ def per_device(function: Callable[..., Any], in_axes: tuple[Axes, ...], out_axes
 
     Where no mesh is in use the pieces are whole, and ``function`` itself is returned.
     """
-    if jax.sharding.get_abstract_mesh().empty:
+    if not _sharded():
         return function
     one = not out_axes or not isinstance(out_axes[0], tuple)
     out_specs = partition_spec(out_axes) if one else tuple(partition_spec(axes) for axes in out_axes)  # type: ignore[arg-type]
@@ -118,11 +116,9 @@ def position_on(axis: str) -> jax.Array | int:
     return jax.lax.axis_index(axis) if _sharded() else 0
 
 
-@contextlib.contextmanager
-def using_mesh(mesh: jax.sharding.Mesh) -> Iterator[None]:
+def using_mesh(mesh: jax.sharding.Mesh) -> contextlib.AbstractContextManager[Any]:
     """Makes ``mesh`` the one that ``constrain`` sees, while a function is traced."""
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        yield
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def axis_size(axis: str) -> int:
@@ -151,7 +147,7 @@ def named_shardings(mesh: Mesh, axes: PyTree, abstract: PyTree) -> PyTree:
 
     def sharding(path: Any, leaf: Any, names: tuple[str, ...]) -> NamedSharding:
         for size, name in zip(leaf.shape, names, strict=True):
-            pieces = _pieces(mesh, name)
+            pieces = pieces_of(mesh, name)
             if size % pieces:
                 where = jax.tree_util.keystr(path, simple=True, separator=".")
                 split = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in RULES[name])
@@ -166,7 +162,7 @@ def named_shardings(mesh: Mesh, axes: PyTree, abstract: PyTree) -> PyTree:
 
 def check_batch(config: Config, mesh: Mesh) -> None:
     """Checks that the rows of a microbatch, and the tokens of a row, can be cut over the mesh. Raises ``UserError``."""
-    rows, pieces = config.train.batch_rows // config.train.microbatches, _pieces(mesh, "batch")
+    rows, pieces = config.train.batch_rows // config.train.microbatches, pieces_of(mesh, "batch")
     if rows % pieces:
         choices = sorted({max(1, rows // pieces) * pieces, -(-rows // pieces) * pieces})
         raise UserError(
@@ -189,8 +185,6 @@ def check_batch(config: Config, mesh: Mesh) -> None:
         )
 
 
-def _pieces(mesh: Mesh, name: str) -> int:
-    size = 1
-    for axis in RULES[name]:
-        size *= mesh.shape[axis]
-    return size
+def pieces_of(mesh: Mesh, name: str) -> int:
+    """Returns into how many pieces ``mesh`` cuts the dims of this logical name."""
+    return math.prod(mesh.shape[axis] for axis in RULES[name])

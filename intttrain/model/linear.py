@@ -85,6 +85,16 @@ def gather(weight: jax.Array, axes: Axes, dtype: jnp.dtype) -> jax.Array:
     return constrain(stored, *(None if axis in GATHERED else axis for axis in axes))
 
 
+def whole_table(weight_vd: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Inside ``per_device``: this device's part of the vocabulary in ``dtype``, whole along D."""
+    return gather_pieces(weight_vd.astype(dtype), "embed", 1)
+
+
+def table_gradient(dtable_vD: jax.Array, gradient_dtype: str) -> jax.Array:
+    """Inside ``per_device``: the stored piece of a table's gradient, summed over devices in ``gradient_dtype``."""
+    return sum_over(sum_to_pieces(dtable_vD.astype(gradient_dtype), "embed", 1), "data")
+
+
 def lookup(
     tokens_BT: Int[Array, "B T"], weight: nnx.Param, dtype: jnp.dtype, gradient_dtype: str
 ) -> Float[Array, "B T D"]:
@@ -98,7 +108,7 @@ _TOKENS, _ROWS, _TABLE = ("batch", "tokens"), ("batch", "tokens", "width"), ("vo
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _lookup(dtype: jnp.dtype, gradient_dtype: str, tokens_BT: jax.Array, weight_VD: jax.Array) -> jax.Array:
     def local(tokens_bt: jax.Array, weight_vd: jax.Array) -> jax.Array:
-        table_vD = gather_pieces(weight_vd.astype(dtype), "embed", 1)
+        table_vD = whole_table(weight_vd, dtype)
         found_btD = table_vD.at[_ids(tokens_bt, weight_vd)].get(mode="fill", fill_value=0)
         return sum_over(found_btD, "tensor")  # one device along that axis found it, the others have zeros
 
@@ -124,7 +134,7 @@ def _lookup_backward(
     def local(tokens_bt: jax.Array, weight_vd: jax.Array, dx_btD: jax.Array) -> jax.Array:
         zeros_vD = jnp.zeros((weight_vd.shape[0], dx_btD.shape[2]), jnp.float32)
         dtable_vD = zeros_vD.at[_ids(tokens_bt, weight_vd)].add(dx_btD.astype(jnp.float32), mode="drop")
-        return sum_over(sum_to_pieces(dtable_vD.astype(gradient_dtype), "embed", 1), "data").astype(weight_vd.dtype)
+        return table_gradient(dtable_vD, gradient_dtype).astype(weight_vd.dtype)
 
     tokens_BT, weight_VD = residuals
     return None, per_device(local, (_TOKENS, _TABLE, _ROWS), _TABLE)(tokens_BT, weight_VD, dx_BTD)

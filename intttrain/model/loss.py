@@ -14,14 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from intttrain.core.sharding import (
-    gather_pieces,
-    max_over,
-    per_device,
-    position_on,
-    sum_over,
-    sum_to_pieces,
-)
+from intttrain.core.sharding import max_over, per_device, position_on, sum_over
+from intttrain.model.linear import table_gradient, whole_table
 
 _HIDDEN, _TOKENS, _TABLE = ("batch", "tokens", "width"), ("batch", "tokens"), ("vocab", "embed")
 
@@ -51,7 +45,7 @@ def _forward(
     hidden_BTD: jax.Array, weight_VD: jax.Array, labels_BT: jax.Array, block_tokens: int, gradient_dtype: str
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     def local(hidden_btD: jax.Array, weight_vd: jax.Array, labels_bt: jax.Array) -> tuple[jax.Array, jax.Array]:
-        table_vD = gather_pieces(weight_vd.astype(hidden_btD.dtype), "embed", 1)
+        table_vD = whole_table(weight_vd, hidden_btD.dtype)
 
         def block(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             hidden_bcD, labels_bc = inputs
@@ -80,7 +74,7 @@ def _backward(
     def local(
         hidden_btD: jax.Array, weight_vd: jax.Array, labels_bt: jax.Array, lse_bt: jax.Array, dnll_bt: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        table_vD = gather_pieces(weight_vd.astype(hidden_btD.dtype), "embed", 1)
+        table_vD = whole_table(weight_vd, hidden_btD.dtype)
 
         def block(dtable_vD: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
             hidden_bcD, labels_bc, lse_bc, dnll_bc = inputs
@@ -94,7 +88,7 @@ def _backward(
 
         inputs = tuple(_cut(x, block_tokens) for x in (hidden_btD, labels_bt, lse_bt, dnll_bt))
         dtable_vD, dhidden_JbcD = jax.lax.scan(block, jnp.zeros(table_vD.shape, jnp.float32), inputs)
-        dweight_vd = sum_over(sum_to_pieces(dtable_vD.astype(gradient_dtype), "embed", 1), "data")
+        dweight_vd = table_gradient(dtable_vD, gradient_dtype)
         return _join(dhidden_JbcD, hidden_btD.shape[1]), dweight_vd.astype(weight_vd.dtype)
 
     with jax.named_scope("loss"):

@@ -18,6 +18,7 @@ import jax
 from intttrain.core.config import Config
 from intttrain.core.errors import UserError
 from intttrain.core.hardware import Chip
+from intttrain.core.sharding import pieces_of
 from intttrain.model import FLOP_RULE, kept_values, model_flops_per_token
 from intttrain.planner.attention_cost import attention_model
 from intttrain.planner.collectives import Traffic, read_collectives, sum_traffic
@@ -178,7 +179,7 @@ def _heading(config: Config, topology: Topology, program: Program) -> dict[str, 
 def _kept_bytes(config: Config, program: Program) -> int | None:
     """Returns the bytes that all layers keep on one device for the backward pass, by the remat policy."""
     values = kept_values(config.model, program.mesh.shape["tensor"])
-    pieces = program.mesh.shape["data"] * program.mesh.shape["fsdp"] * program.mesh.shape["context"]
+    pieces = pieces_of(program.mesh, "batch") * pieces_of(program.mesh, "tokens")
     tokens = config.train.batch_rows * config.data.seq_len // (config.train.microbatches * pieces)
     itemsize = 2 if config.model.compute_dtype == "bfloat16" else 4
     return None if values is None else values * tokens * config.model.num_layers * itemsize
@@ -190,8 +191,7 @@ def compiler_versions() -> dict[str, str]:
 
 
 def _verdict(config: Config, topology: Topology, program: Program, needed: int) -> Verdict:
-    pieces = program.mesh.shape["data"] * program.mesh.shape["fsdp"]
-    return verdict(needed, topology.chip, config, batch_pieces=pieces)
+    return verdict(needed, topology.chip, config, batch_pieces=pieces_of(program.mesh, "batch"))
 
 
 def kernel_model(chip: Chip) -> KernelModel:

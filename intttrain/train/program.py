@@ -7,6 +7,7 @@ optimizer by the logical names of their dims (``core.sharding``); metrics are th
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ from intttrain.core.config import Config
 from intttrain.core.mesh import make_mesh
 from intttrain.core.sharding import check_batch, named_shardings, partition_spec, using_mesh
 from intttrain.data import Batch
-from intttrain.model import abstract_params, logical_axes
+from intttrain.model import logical_axes
 from intttrain.train.optimizer import make_optimizer
 from intttrain.train.step import StepMetrics, TrainState, abstract_state, init_state, make_train_step
 
@@ -43,6 +44,7 @@ class Program:
     state: TrainState
     batch: Batch
 
+    @functools.cached_property  # every batch is placed by it
     def local_rows(self) -> tuple[int, ...]:
         """Returns the rows of a batch, increasing, that the devices of this process hold a part of.
 
@@ -53,13 +55,12 @@ class Program:
         return tuple(sorted(row for start, stop in held for row in range(start, stop)))
 
     def place(self, local_batch: Batch) -> Batch:
-        """Returns the global batch, of which ``local_batch`` holds ``local_rows()`` (all tokens of each)."""
-        rows = self.local_rows()
+        """Returns the global batch, of which ``local_batch`` holds ``local_rows`` (all tokens of each)."""
 
         def globally(local: np.ndarray, target: jax.ShapeDtypeStruct) -> jax.Array:
             def piece(index: Any) -> np.ndarray:
                 start, stop, _ = index[0].indices(target.shape[0])
-                first = rows.index(start)
+                first = self.local_rows.index(start)
                 return local[(slice(first, first + stop - start), *index[1:])]
 
             return jax.make_array_from_callback(target.shape, target.sharding, piece)
@@ -75,7 +76,8 @@ def make_program(config: Config, devices: Sequence[jax.Device] | None = None) ->
     """
     mesh = make_mesh(config.mesh, devices)
     check_batch(config, mesh)
-    shardings = _state_shardings(config, mesh)
+    state = abstract_state(config)
+    shardings = _state_shardings(config, mesh, state)
     rows = NamedSharding(mesh, partition_spec(("batch", "tokens")))
     replicated = NamedSharding(mesh, PartitionSpec())
     step = make_train_step(config)
@@ -92,7 +94,7 @@ def make_program(config: Config, devices: Sequence[jax.Device] | None = None) ->
             train_step, donate_argnums=0, in_shardings=(shardings, rows), out_shardings=(shardings, replicated),
             compiler_options=compiler_options(mesh.devices.flat[0]),
         ),
-        state=jax.tree.map(_with_sharding, abstract_state(config), shardings),
+        state=jax.tree.map(_with_sharding, state, shardings),
         batch=jax.tree.map(lambda leaf: _with_sharding(leaf, rows), batch),
     )  # fmt: skip
 
@@ -101,15 +103,13 @@ def _with_sharding(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.S
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _state_shardings(config: Config, mesh: Mesh) -> dict[str, Any]:
+def _state_shardings(config: Config, mesh: Mesh, state: TrainState) -> dict[str, Any]:
     """Returns the sharding of every leaf of the state; both moments lie like their parameter."""
-    params = abstract_params(config.model)
-    axes = logical_axes(config.model)
-    by_param = named_shardings(mesh, axes, params)
+    by_param = named_shardings(mesh, logical_axes(config.model), state["params"])
     replicated = NamedSharding(mesh, PartitionSpec())
-    optimizer = make_optimizer(config.train, params)
+    optimizer = make_optimizer(config.train, state["params"])
     opt_state = optax.tree.map_params(
-        optimizer, lambda _, sharding: sharding, abstract_state(config)["opt_state"], by_param,
+        optimizer, lambda _, sharding: sharding, state["opt_state"], by_param,
         transform_non_params=lambda _: replicated,
     )  # fmt: skip
     return {"params": by_param, "opt_state": opt_state} | dict.fromkeys(("step", "healthy", "rng"), replicated)
