@@ -226,7 +226,7 @@ class MeshConfig:
 
     data: PositiveInt = 1  # whole copies of the parameters; the slices of a multi-slice job lie along it
     fsdp: PositiveInt | None = None  # pieces that parameters and optimizer are cut into; None = all devices left over
-    context: PositiveInt = 1  # pieces of every row
+    context: PositiveInt | None = 1  # pieces of every row; None = all devices left over, beside a given fsdp
     tensor: PositiveInt = 1  # pieces of heads, feed-forward width and vocabulary
     slices: PositiveInt = 1  # TPU slices, joined by the data-center network; divides data
 
@@ -447,6 +447,11 @@ def _check_train(config: Config) -> None:
         raise UserError(
             f"data.align_documents={data.align_documents} does not divide data.seq_len={data.seq_len}; "
             f"use one of {nearest_divisors(data.seq_len, data.align_documents)}"
+        )
+    if config.mesh.fsdp is None and config.mesh.context is None:
+        raise UserError(
+            "mesh.fsdp=None and mesh.context=None both ask for all devices left over; give one of them a size, "
+            "for example mesh.context=1"
         )
     if config.mesh.data % config.mesh.slices:
         raise UserError(

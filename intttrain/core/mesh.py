@@ -24,7 +24,7 @@ AXES = ("data", "fsdp", "context", "tensor")
 
 @dataclasses.dataclass(frozen=True)
 class MeshShape:
-    """Size of every axis, ``fsdp`` resolved."""
+    """Size of every axis, ``None`` resolved."""
 
     data: int
     fsdp: int
@@ -43,32 +43,32 @@ class MeshShape:
 
 
 def resolve_mesh(config: MeshConfig, device_count: int) -> MeshShape:
-    """Returns the mesh for ``device_count`` devices; ``fsdp = None`` takes the devices that are left.
+    """Returns the mesh for ``device_count`` devices; an axis that is ``None`` takes the devices that are left.
 
     Raises:
       UserError: the axes do not multiply to the number of devices, or the slices cannot be equal.
     """
-    given = config.data * config.context * config.tensor
     if device_count % config.slices:
         raise UserError(f"mesh.slices={config.slices} does not divide the {device_count} devices")
-    if config.fsdp is None:
-        if device_count % given:
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    free = [axis for axis, size in sizes.items() if size is None]
+    product = math.prod(size for size in sizes.values() if size is not None)
+    given = "mesh: " + " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size is not None)
+    if free:
+        if device_count % product:
             raise UserError(
-                f"mesh: data {config.data} x context {config.context} x tensor {config.tensor} = {given} does not "
-                f"divide the {device_count} devices; use axes whose product is one of "
-                f"{nearest_divisors(device_count, given)}"
+                f"{given} = {product} does not divide the {device_count} devices; use axes whose product is one of "
+                f"{nearest_divisors(device_count, product)}"
             )
-        return MeshShape(config.data, device_count // given, config.context, config.tensor, config.slices)
-    if given * config.fsdp != device_count:
-        if device_count % given == 0:
-            choice = f"use mesh.fsdp={device_count // given}, or leave it None"
+        sizes[free[0]] = device_count // product
+    elif product != device_count:
+        others = product // sizes["fsdp"]
+        if device_count % others == 0:
+            choice = f"use mesh.fsdp={device_count // others}, or leave it None"
         else:
-            choice = f"use axes whose product is {device_count}, or run on {given * config.fsdp} devices"
-        raise UserError(
-            f"mesh: data {config.data} x fsdp {config.fsdp} x context {config.context} x tensor {config.tensor} = "
-            f"{given * config.fsdp}, but there are {device_count} devices; {choice}"
-        )
-    return MeshShape(config.data, config.fsdp, config.context, config.tensor, config.slices)
+            choice = f"use axes whose product is {device_count}, or run on {product} devices"
+        raise UserError(f"{given} = {product}, but there are {device_count} devices; {choice}")
+    return MeshShape(**sizes, slices=config.slices)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:

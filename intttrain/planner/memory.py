@@ -261,8 +261,8 @@ def smaller_steps(config: Config, batch_pieces: int) -> tuple[str, ...]:
     if inner > 1:
         found.append(f"mesh.data={mesh.slices} and mesh.fsdp {inner} times as large")
     else:
-        found.append("a larger mesh.fsdp, that is more devices")
-    if not more and mesh.context < config.data.seq_len:
+        found.append("more devices, which mesh.fsdp=None or mesh.context=None takes")
+    if not more and mesh.context is not None and mesh.context < config.data.seq_len:
         found.append(f"mesh.context={mesh.context * 2} (now {mesh.context}; a row over more devices)")
     return tuple(found)
 

@@ -26,6 +26,7 @@ def mesh(**sizes: int) -> jax.sharding.AbstractMesh:
         (MeshConfig(data=2, tensor=2), 8, (2, 2, 1, 2)),
         (MeshConfig(data=2, fsdp=2, context=4, tensor=1), 16, (2, 2, 4, 1)),
         (MeshConfig(data=2, slices=2), 8, (2, 4, 1, 1)),
+        (MeshConfig(fsdp=2, context=None), 16, (1, 2, 8, 1)),
     ],
 )
 def test_sizes(config, devices, sizes):
@@ -38,6 +39,7 @@ def test_sizes(config, devices, sizes):
         (MeshConfig(tensor=3), 8, ("tensor 3 = 3", "8 devices", "[2, 4, 8]")),
         (MeshConfig(fsdp=4), 8, ("fsdp 4", "= 4", "8 devices", "mesh.fsdp=8")),
         (MeshConfig(fsdp=16), 8, ("there are 8 devices", "mesh.fsdp=8")),
+        (MeshConfig(fsdp=3, context=None), 8, ("fsdp 3", "= 3", "8 devices", "[2, 4, 8]")),
         (MeshConfig(fsdp=3, tensor=3), 8, ("= 9", "product is 8", "9 devices")),
         (MeshConfig(data=3, slices=3), 8, ("mesh.slices=3", "8 devices")),
     ],

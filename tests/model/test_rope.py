@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -136,3 +137,21 @@ def test_bf16_is_rotated_in_fp32():
     turned = rotate(x, tables)
     assert turned.dtype == jnp.bfloat16
     assert_same(turned, rotate(x.astype(jnp.float32), tables).astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_gradient_is_that_of_the_formula(dtype):
+    rng = np.random.default_rng(0)
+    x, out = (jnp.asarray(rng.standard_normal((2, 3, 2, 8)), dtype) for _ in range(2))
+    tables = rope_tables(RopeConfig(theta=100.0), 8, jnp.asarray([[0, 1, 2], [5, 6, 40]], jnp.int32))
+
+    def formula(x_BTNH):
+        cos, sin = (table[:, :, None, :] for table in tables)
+        low, high = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+        return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(dtype)
+
+    value, pull = jax.vjp(lambda x: rotate(x, tables), x)
+    wanted, pull_wanted = jax.vjp(formula, x)
+    tolerance = 1e-6 if dtype == jnp.float32 else 1e-2
+    assert_close(value, wanted, tolerance)
+    assert_close(pull(out)[0], pull_wanted(out)[0], tolerance)
