@@ -10,7 +10,6 @@ Letters: B row, T tokens, N query heads, K key/value heads, H head dim; lower ca
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -80,11 +79,38 @@ def splash_attention(
     return constrain(jnp.swapaxes(o_BNTH, 1, 2), "batch", "tokens", "heads", "head_dim")
 
 
-@functools.cache
-def _mask(seq_len: int, heads: int, window: int | None) -> masks.MultiHeadMask:
-    shape = (seq_len, seq_len)
-    mask = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), 0)
-    return masks.MultiHeadMask([mask] * heads)
+class BandMask(masks.Mask):
+    """The causal mask, of a window if there is one, which says of a block only what its distances show.
+
+    The library asks of every block whether any and whether all of it is visible. Its own masks answer with every entry
+    of the block, half a minute at 131072 tokens; whether a key is visible depends on its distance from the query only,
+    and a block has few of those. The kernel itself calls ``mask_function``.
+    """
+
+    def __init__(self, seq_len: int, window: int | None):
+        self.seq_len, self.window = seq_len, window
+        self.q_sequence = np.arange(seq_len, dtype=np.int32)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.seq_len, self.seq_len
+
+    def mask_function(self, q_ids: Any, kv_ids: Any) -> Any:
+        """Returns whether a query sees a key, of arrays that broadcast."""
+        causal = q_ids >= kv_ids
+        return causal if self.window is None else causal & (q_ids - kv_ids < self.window)
+
+    def __getitem__(self, block: tuple[slice, slice]) -> np.ndarray:
+        """Returns whether each distance in the block, smallest first, is visible, as a column."""
+        q, kv = block
+        distances = np.arange(q.start - kv.stop + 1, q.stop - kv.start)
+        return np.asarray(self.mask_function(distances, 0))[:, None]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BandMask) and (self.seq_len, self.window) == (other.seq_len, other.window)
+
+    def __hash__(self) -> int:
+        return hash((self.seq_len, self.window))
 
 
 def _make_kernel(make: Callable[..., Any], seq_len: int, heads: int, window: int | None, interpret: bool) -> Any:
@@ -98,7 +124,8 @@ def _make_kernel(make: Callable[..., Any], seq_len: int, heads: int, window: int
         block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
         block_q_dq=block, block_kv_dq=block,
     )  # fmt: skip
+    mask = masks.MultiHeadMask([BandMask(seq_len, window)] * heads)
     return make(
-        _mask(seq_len, heads, window), block_sizes=sizes, head_shards=1, q_seq_shards=1,
+        mask, block_sizes=sizes, head_shards=1, q_seq_shards=1,
         residual_checkpoint_name="attention", interpret=interpret,
     )  # fmt: skip

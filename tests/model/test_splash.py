@@ -11,7 +11,7 @@ import pytest
 
 from intttrain.core.errors import UserError
 from intttrain.model.attention import attend, causal_mask, dense_attention
-from intttrain.model.splash import splash_attention, supports
+from intttrain.model.splash import BandMask, kernel, masks, splash_attention, supports
 from tests.model.test_causality import CONFIG
 
 T, N, K, H = 256, 4, 2, 128
@@ -56,3 +56,23 @@ def test_shapes_that_the_kernel_cannot_run_are_refused_or_left_to_dense():
     config = dataclasses.replace(CONFIG, attention="splash", head_dim=H, sliding_window=None)
     with pytest.raises(UserError, match="200 tokens"):
         attend(config, q, k, v, segments()[:, :200])
+
+
+@pytest.mark.parametrize("window", [None, 1, 100, 256, 700])
+@pytest.mark.parametrize("make", [kernel.make_splash_mha, kernel.make_splash_mqa])
+def test_blocks_are_chosen_as_with_the_masks_of_the_library(make, window):
+    """Which blocks the kernels skip, compute and mask, for the three kernels, with blocks of unequal sides."""
+    tokens = 1024
+    sizes = kernel.BlockSizes(
+        block_q=256, block_kv=512, block_kv_compute=256, block_q_dkv=128, block_kv_dkv=256, block_kv_dkv_compute=256,
+        block_q_dq=256, block_kv_dq=256,
+    )  # fmt: skip
+    shape = (tokens, tokens)
+    theirs = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), 0)
+    ours, wanted = (
+        make(masks.MultiHeadMask([mask] * 2), block_sizes=sizes, head_shards=1, q_seq_shards=1)
+        for mask in (BandMask(tokens, window), theirs)
+    )
+    for info in ("fwd_mask_info", "dq_mask_info", "dkv_mask_info"):
+        for name in ("data_next", "block_mask", "q_sequence"):
+            np.testing.assert_array_equal(getattr(getattr(ours, info), name), getattr(getattr(wanted, info), name))
