@@ -133,6 +133,12 @@ def platform() -> str:
     return jax.default_backend() if device is None else str(device.platform)
 
 
+def device_kind() -> str:
+    """Returns the ``jax.Device.device_kind`` of the devices that the program being traced is for."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.devices()[0].device_kind if device is None else str(device.device_kind)
+
+
 def named_shardings(mesh: Mesh, axes: PyTree, abstract: PyTree) -> PyTree:
     """Returns the sharding of every parameter.
 

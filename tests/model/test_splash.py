@@ -11,7 +11,8 @@ import pytest
 
 from intttrain.core.errors import UserError
 from intttrain.model.attention import attend, causal_mask, dense_attention
-from intttrain.model.splash import BandMask, kernel, masks, splash_attention, supports
+from intttrain.model import splash
+from intttrain.model.splash import BandMask, choose_blocks, kernel, masks, splash_attention, supports
 from tests.model.test_causality import CONFIG
 
 T, N, K, H = 256, 4, 2, 128
@@ -76,3 +77,12 @@ def test_blocks_are_chosen_as_with_the_masks_of_the_library(make, window):
     for info in ("fwd_mask_info", "dq_mask_info", "dkv_mask_info"):
         for name in ("data_next", "block_mask", "q_sequence"):
             np.testing.assert_array_equal(getattr(getattr(ours, info), name), getattr(getattr(wanted, info), name))
+
+
+def test_blocks_divide_the_row_and_grow_with_it(monkeypatch):
+    for seq_len in (128, 384, 1536, 8192, 33024):
+        blocks = choose_blocks(seq_len, None)
+        assert all(seq_len % size == 0 for size in blocks) and blocks.kv % blocks.compute == 0
+    monkeypatch.setattr(splash, "device_kind", lambda: "TPU v5")
+    assert choose_blocks(32768, None).q == 2048
+    assert choose_blocks(32768, 2048) == choose_blocks(8192, None)  # large blocks are wasted on a window
