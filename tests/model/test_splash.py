@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from intttrain.core.errors import UserError
-from intttrain.model.attention import attend, causal_mask, dense_attention
 from intttrain.model import splash
+from intttrain.model.attention import attend, causal_mask, dense_attention
 from intttrain.model.splash import BandMask, choose_blocks, kernel, masks, splash_attention, supports
 from tests.model.test_causality import CONFIG
 
