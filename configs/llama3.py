@@ -6,9 +6,9 @@
 
 Runs start from fresh weights until imported ones can be loaded: good for speed and memory, not yet for the recipe.
 
-A variant is a size and a length. `_c16` cuts a row over 16 devices instead of 4, for 256 devices; `_dense` at the end
-is the twin without TTT: same data, same order, same initial weights. The default is `8b_32k`. 2.1 M (2^21) tokens a
-step; 20 B tokens at 32k, then 15 B at 128k. The model reaches 128k with its own RoPE scaling: nothing changes there.
+A variant is a size and a length; `_dense` at the end is the twin without TTT: same data, same order, same initial
+weights. The default is `8b_32k`. 2.1 M (2^21) tokens a step; 20 B tokens at 32k, then 15 B at 128k, where every row
+lies on a sixteenth of the devices. The model reaches 128k with its own RoPE scaling: nothing changes there.
 
 Predicted, "-" where there is no plan yet; "A / B" is with TTT / dense:
 
@@ -16,7 +16,6 @@ Predicted, "-" where there is no plan yet; "A / B" is with TTT / dense:
     |--------------|-------------|----------------------|---------------|----------|--------|
     | 8b_32k       | v5p:4x4x4   | fsdp 64              | 64 x 32768    | - / -    | - / -  |
     | 8b_128k      | v5p:4x4x4   | fsdp 16 x context 4  | 16 x 131072   | - / -    | - / -  |
-    | 8b_128k_c16  | v6e:16x16   | fsdp 16 x context 16 | 16 x 131072   | - / -    | - / -  |
 
 Other topologies and lengths: `docs/configs.md`.
 """
@@ -29,7 +28,6 @@ from intttrain.core.config import default_config
 TOPOLOGIES: dict[str, tuple[str, ...]] = {
     "8b_32k": ("v5p:4x4x4",),
     "8b_128k": ("v5p:4x4x4",),
-    "8b_128k_c16": ("v6e:16x16",),
 }
 TOPOLOGIES |= {f"{variant}_dense": topologies for variant, topologies in TOPOLOGIES.items()}
 
@@ -78,7 +76,8 @@ def get_config(variant: str = "8b_32k") -> ml_collections.ConfigDict:
     train.schedule.warmup_steps = 100  # not published
     train.optimizer.weight_decay = 0.1
     train.checkpoint.every_steps = 250
-    config.mesh.context = 16 if "c16" in options else 4 if length == "128k" else 1
+    if length == "128k":
+        config.mesh.fsdp, config.mesh.context = train.batch_rows, None  # a row over as many devices as there are
 
     config.eval.seq_len = config.eval.min_document_tokens = seq_len
     config.eval.position_edges = tuple(seq_len >> halvings for halvings in (5, 4, 3, 2, 1, 0))

@@ -6,9 +6,9 @@
 
 Runs start from fresh weights until imported ones can be loaded: good for speed and memory, not yet for the recipe.
 
-A variant is a size and a length. `_c8` and `_c16` cut a row over 8 or 16 devices instead of 4, for 128 or 256 devices;
-`_dense` at the end is the twin without TTT: same data, same order, same initial weights. The default is `4b_8k`, the
-shape of the speed and memory comparisons. 2.1 M (2^21) tokens a step everywhere; 20 B tokens at 32k, then 15 B at 128k.
+A variant is a size and a length; `_dense` at the end is the twin without TTT: same data, same order, same initial
+weights. The default is `4b_8k`, the shape of the speed and memory comparisons. 2.1 M (2^21) tokens a step everywhere;
+20 B tokens at 32k, then 15 B at 128k, where every row lies on a sixteenth of the devices.
 
 Predicted, "-" where there is no plan yet; "A / B" is with TTT / dense:
 
@@ -22,9 +22,9 @@ Predicted, "-" where there is no plan yet; "A / B" is with TTT / dense:
     | 4b_128k     | v5p:4x4x4   | fsdp 16 x context 4  | 16 x 131072   | - / -       | - / -       |
     | 8b_128k     | v5p:4x4x4   | fsdp 16 x context 4  | 16 x 131072   | - / -       | - / -       |
     | 14b_128k    | v5p:4x4x4   | fsdp 16 x context 4  | 16 x 131072   | - / -       | - / -       |
-    | 4b_128k_c8  | tpu7x:4x4x4 | fsdp 16 x context 8  | 16 x 131072   | - / -       | - / -       |
-    | 4b_128k_c16 | v5e:16x16   | fsdp 16 x context 16 | 16 x 131072   | - / -       | - / -       |
-    | 4b_128k_c16 | v6e:16x16   | fsdp 16 x context 16 | 16 x 131072   | - / -       | - / -       |
+    | 4b_128k     | tpu7x:4x4x4 | fsdp 16 x context 8  | 16 x 131072   | - / -       | - / -       |
+    | 4b_128k     | v5e:16x16   | fsdp 16 x context 16 | 16 x 131072   | - / -       | - / -       |
+    | 4b_128k     | v6e:16x16   | fsdp 16 x context 16 | 16 x 131072   | - / -       | - / -       |
 
 Other topologies and lengths: `docs/configs.md`.
 """
@@ -44,10 +44,14 @@ TOPOLOGIES: dict[str, tuple[str, ...]] = {
     "4b_128k": (V5P,),
     "8b_128k": (V5P,),
     "14b_128k": (V5P,),
-    "4b_128k_c8": (V7X,),
-    "4b_128k_c16": (V5E, V6E),
+    "4b_8k_dense": (V5P,),
+    "4b_32k_dense": (V5P,),
+    "8b_32k_dense": (V5P,),
+    "14b_32k_dense": (V5P,),
+    "4b_128k_dense": (V5P, V5E, V6E, V7X),
+    "8b_128k_dense": (V5P,),
+    "14b_128k_dense": (V5P,),
 }
-TOPOLOGIES |= {f"{variant}_dense": topologies for variant, topologies in TOPOLOGIES.items()}
 
 SIZES = {  # d_model, d_ff, layers, query heads, whether the output head is the embedding
     "4b": (2560, 9728, 36, 32, True),
@@ -106,10 +110,8 @@ def get_config(variant: str = "4b_8k") -> ml_collections.ConfigDict:
     train.schedule.warmup_steps = 100  # not published
     train.optimizer.weight_decay = 0.1
     train.checkpoint.every_steps = 250
-    config.mesh.context = 4 if length == "128k" else 1
-    for option in options:
-        if option.startswith("c"):
-            config.mesh.context = int(option[1:])
+    if length == "128k":
+        config.mesh.fsdp, config.mesh.context = train.batch_rows, None  # a row over as many devices as there are
 
     config.eval.seq_len = config.eval.min_document_tokens = seq_len
     config.eval.position_edges = tuple(seq_len >> halvings for halvings in (5, 4, 3, 2, 1, 0))

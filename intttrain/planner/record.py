@@ -135,11 +135,11 @@ def main(prefixes: Sequence[str]) -> None:
     """Compiles what is missing or out of date and writes after every plan."""
     everything = wanted_plans()
     for item in everything:
-        records = load_records()
-        current = records.get(item.name, {}).get("digest") == item.digest()
+        current = load_records().get(item.name, {}).get("digest") == item.digest()
         if current or not item.name.startswith(tuple(prefixes or ("",))):
             continue
-        records[item.name] = to_record(compile_plan(item), item.digest())
+        record = to_record(compile_plan(item), item.digest())
+        records = load_records() | {item.name: record}  # minutes later: another process may have added its own
         ordered = {one.name: records[one.name] for one in everything if one.name in records}
         partial = RECORDS.with_suffix(".partial")
         partial.write_text(json.dumps(ordered, indent=1) + "\n")
