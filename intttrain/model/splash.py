@@ -2,8 +2,9 @@
 
 Each device attends with its own rows and heads. What a kernel is mapped over is "parallel" to it, and both cores of a
 v4 or v5p work on that, backward too: rows where there are several, else key/value heads (which costs copies). A context
-axis divides the heads as well while the kernel runs, where they divide by it: the row comes together and the heads part
-(all-to-all), then the reverse. Otherwise every context shard computes all heads, which is right and wasteful.
+axis divides the heads as well while the kernel runs, if it divides the query heads: the row comes together and the heads
+part (all-to-all), then the reverse. Key/value heads are copied where there are fewer of them than devices that share the
+row. With other numbers of heads every context shard computes all of them, which is right and wasteful.
 
 Letters: B row, T tokens, N query heads, K key/value heads, H head dim; lower case is a device's part.
 """
@@ -81,10 +82,12 @@ def splash_attention(
       window: tokens that a query sees, itself included; ``None`` for all.
       interpret: runs the kernel without a TPU, slowly.
     """
-    seq_len, head_dim, kv_heads = q_BTNH.shape[1], q_BTNH.shape[3], k_BTKH.shape[2]
-    tensor, context = axis_size("tensor"), axis_size("context")
-    heads = "spread_heads" if kv_heads % (tensor * context) == 0 else "heads"
-    in_axes = ("batch", heads, None, "head_dim")
+    seq_len, query_heads, head_dim = q_BTNH.shape[1:]
+    kv_heads, shards = k_BTKH.shape[2], axis_size("tensor") * axis_size("context")
+    spread = query_heads % shards == 0
+    if spread:
+        k_BTKH, v_BTKH = (jnp.repeat(x, math.lcm(kv_heads, shards) // kv_heads, axis=2) for x in (k_BTKH, v_BTKH))
+    in_axes = ("batch", "spread_heads" if spread else "heads", None, "head_dim")
 
     def local(q_bnTH: jax.Array, k_bkTH: jax.Array, v_bkTH: jax.Array, segment_ids_bT: jax.Array) -> jax.Array:
         rows, heads = q_bnTH.shape[:2]

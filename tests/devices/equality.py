@@ -12,10 +12,16 @@ import json
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from intttrain.core.config import Config, MeshConfig, default_config, resolve
+from intttrain.core.mesh import make_mesh
+from intttrain.core.sharding import using_mesh
 from intttrain.data import Batch
+from intttrain.model.attention import causal_mask, dense_attention
+from intttrain.model.splash import splash_attention
 from intttrain.planner.plan import lower
 from intttrain.train import make_program
 
@@ -91,6 +97,33 @@ def lowerings(config: Config, devices: list[jax.Device]) -> tuple[str, str]:
     return planned, program.step.lower(state, program.place(batch())).as_text()
 
 
+def splash_distances(devices: list[jax.Device]) -> dict[str, float]:
+    """Distances of the interpreted TPU kernel on a mesh from dense attention on one device: value, then gradients.
+
+    Four context shards divide the eight query heads but not the two key/value heads.
+    """
+    config = MeshConfig(fsdp=2, context=4)
+    q, k, v, do = (
+        jax.random.normal(key, (2, 128, heads, 128))
+        for key, heads in zip(jax.random.split(jax.random.key(0), 4), (8, 2, 2, 8), strict=True)
+    )
+    segments = jnp.asarray(np.repeat([[1, 2, 3]], 2, axis=0).repeat([40, 60, 28], axis=1), jnp.int32)
+    dense = lambda q, k, v: dense_attention(q, k, v, causal_mask(segments, None))  # noqa: E731
+    splash = lambda q, k, v: splash_attention(q, k, v, segments, None, interpret=True)  # noqa: E731
+    wanted, pull = jax.vjp(dense, q, k, v)
+    mesh = make_mesh(config, devices)
+
+    def spread(q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array) -> tuple[jax.Array, ...]:
+        with using_mesh(mesh):
+            value, pull = jax.vjp(splash, q, k, v)
+            return value, *pull(do)
+
+    rows = NamedSharding(mesh, PartitionSpec("fsdp"))
+    pulled = jax.jit(spread, in_shardings=rows, out_shardings=rows)(q, k, v, do)
+    names = ("value", "dq", "dk", "dv")
+    return {n: distance(a, b) for n, a, b in zip(names, (wanted, *pull(do)), jax.device_get(pulled), strict=True)}
+
+
 def distance(one: np.ndarray, many: np.ndarray) -> float:
     """Returns the largest difference relative to the largest entry."""
     return float(np.max(np.abs(one - many)) / max(np.max(np.abs(one)), 1e-30))
@@ -107,7 +140,7 @@ def main() -> None:
             many = take_step(tiny(ttt, **changes), devices)
             result[f"{kind} {name}"] = {leaf: distance(one[leaf], many[leaf]) for leaf in one}
     texts = {kind: lowerings(tiny(kind == "ttt", data=2, fsdp=2, tensor=2), devices) for kind in ("ttt", "dense")}
-    print(json.dumps({"distances": result, "lowerings": texts}))
+    print(json.dumps({"distances": result, "lowerings": texts, "splash": splash_distances(devices)}))
 
 
 if __name__ == "__main__":
