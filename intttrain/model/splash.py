@@ -2,9 +2,9 @@
 
 Each device attends with its own rows and heads. What a kernel is mapped over is "parallel" to it, and both cores of a
 v4 or v5p work on that, backward too: rows where there are several, else key/value heads (which costs copies). A context
-axis divides the heads as well while the kernel runs, if it divides the query heads: the row comes together and the heads
-part (all-to-all), then the reverse. Key/value heads are copied where there are fewer of them than devices that share the
-row. With other numbers of heads every context shard computes all of them, which is right and wasteful.
+axis that divides the query heads divides them as well while the kernel runs: the row comes together and the heads part
+(all-to-all), then the reverse; key/value heads are copied where they are fewer than the devices that share a row. With
+other numbers of heads every context shard computes all of them, which is right and wasteful.
 
 Letters: B row, T tokens, N query heads, K key/value heads, H head dim; lower case is a device's part.
 """
