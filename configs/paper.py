@@ -17,17 +17,17 @@ the recipe of 4b; any tokenizer of 32,000 pieces will do, Llama 2's is one.
 
 Predicted, "-" where there is no plan yet; "A / B" is with TTT / dense:
 
-    | variant      | topology    | mesh                 | rows x tokens | peak GiB | step s |
-    |--------------|-------------|----------------------|---------------|----------|--------|
-    | 500m         | v5p:4x4x4   | fsdp 64              | 64 x 32768    | - / -    | - / -  |
-    | 500m         | v6e:8x8     | fsdp 64              | 64 x 32768    | - / -    | - / -  |
-    | 500m_full    | v5p:4x4x4   | fsdp 64              | 64 x 32768    | - / -    | - / -  |
-    | 1.5b         | v5p:4x4x4   | fsdp 64              | 128 x 32768   | - / -    | - / -  |
-    | 1.5b         | v6e:8x8     | fsdp 64              | 128 x 32768   | - / -    | - / -  |
-    | 1.5b_full    | v5p:4x4x4   | fsdp 64              | 128 x 32768   | - / -    | - / -  |
-    | 1.7b         | v5p:4x4x4   | fsdp 64              | 1024 x 8192   | - / -    | - / -  |
-    | 4b           | v5p:4x4x4   | fsdp 64              | 1024 x 8192   | - / -    | - / -  |
-    | 4b           | v6e:16x16   | fsdp 256             | 1024 x 8192   | - / -    | - / -  |
+    | variant      | topology    | mesh                 | rows x tokens | peak GiB    | step s      |
+    |--------------|-------------|----------------------|---------------|-------------|-------------|
+    | 500m         | v5p:4x4x4   | fsdp 64              | 64 x 32768    | - / -       | - / -       |
+    | 500m         | v6e:8x8     | fsdp 64              | 64 x 32768    | - / -       | - / -       |
+    | 500m_full    | v5p:4x4x4   | fsdp 64              | 64 x 32768    | - / -       | - / -       |
+    | 1.5b         | v5p:4x4x4   | fsdp 64              | 128 x 32768   | - / -       | - / -       |
+    | 1.5b         | v6e:8x8     | fsdp 64              | 128 x 32768   | - / -       | - / -       |
+    | 1.5b_full    | v5p:4x4x4   | fsdp 64              | 128 x 32768   | - / -       | - / -       |
+    | 1.7b         | v5p:4x4x4   | fsdp 64              | 1024 x 8192   | - / -       | - / -       |
+    | 4b           | v5p:4x4x4   | fsdp 64              | 1024 x 8192   | - / -       | - / -       |
+    | 4b           | v6e:16x16   | fsdp 256             | 1024 x 8192   | - / -       | - / -       |
 
 Other topologies and lengths: `docs/configs.md`.
 """

@@ -12,10 +12,11 @@ import numpy as np
 from absl import flags
 
 from intttrain.app.loop import NonFiniteError, train
-from intttrain.app.runs import Trained, load_trained, parameter_counts, write_json
+from intttrain.app.runs import Trained, load_trained, parameter_counts
 from intttrain.core.config import Config, as_dict, check_consistent, flatten, resolve
 from intttrain.core.distributed import process_index, start_distributed
 from intttrain.core.errors import UserError
+from intttrain.core.files import write_json
 from intttrain.core.progress import human_count
 from intttrain.data import TokenStore, document_rows, prepare
 from intttrain.evals import evaluate_run

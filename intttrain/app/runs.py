@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ import jax
 
 from intttrain.core.config import Config, as_dict, flatten, resolve, unflatten
 from intttrain.core.errors import UserError
+from intttrain.core.files import write_json
 from intttrain.data import Tokenizer, make_tokenizer, mixture_fingerprint, open_stores
 from intttrain.model import Params, abstract_params
 from intttrain.train import CheckpointInfo, Checkpoints, check_compatible
@@ -122,18 +121,6 @@ def load_trained(workdir: Path, step: int | None, *, flag: str = "--workdir") ->
             f"with ({tokenizer.fingerprint[:12]} instead of {identity.tokenizer['fingerprint'][:12]}); restore the file"
         )
     return Trained(config, params, step, tokenizer)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes ``content`` so that ``path`` appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def parameter_counts(config: Config) -> dict[str, int]:

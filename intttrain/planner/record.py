@@ -1,7 +1,8 @@
-"""Plans of the shipped configurations, kept in docs/plans.json and as a table in docs/benchmarks.md.
+"""Plans of the shipped configurations: docs/plans.json, the table of docs/benchmarks.md and those of the files.
 
-    python -m intttrain.planner.record                      # what is missing or out of date, one compilation each
-    python -m intttrain.planner.record qwen3:4b_8k          # only those whose name begins like this
+    python -m intttrain.planner.record                        # what is missing or out of date, one compilation each
+    python -m intttrain.planner.record qwen3:4b_8k            # only those whose name begins like this
+    python -m intttrain.planner.record --check paper:500m     # compile again and compare with the record
 
 Every file of configs/ with a mapping ``TOPOLOGIES`` (variant -> topology names) takes part. A record carries a digest
 of the settings that shape the compiled step, so a changed configuration is seen without compiling anything.
@@ -9,11 +10,11 @@ of the settings that shape the compiled step, so a changed configuration is seen
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import hashlib
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from intttrain.core.config import Config, as_dict, flatten, resolve
+from intttrain.core.files import write_json, write_text
 from intttrain.core.hardware import GIB
 
 REPO = Path(__file__).resolve().parents[2]
@@ -117,7 +119,7 @@ def write_page(records: Mapping[str, Mapping[str, Any]], page: Path = PAGE) -> N
     """Puts the table between its two marks."""
     before, _, rest = page.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
-    page.write_text(f"{before}{BEGIN}\n{to_table(records)}\n{END}{after}")
+    write_text(page, f"{before}{BEGIN}\n{to_table(records)}\n{END}{after}")
 
 
 def compile_plan(item: Wanted) -> dict[str, Any]:
@@ -131,21 +133,97 @@ def compile_plan(item: Wanted) -> dict[str, Any]:
         return json.loads(target.read_text())
 
 
-def main(prefixes: Sequence[str]) -> None:
-    """Compiles what is missing or out of date and writes after every plan."""
-    everything = wanted_plans()
-    for item in everything:
-        current = load_records().get(item.name, {}).get("digest") == item.digest()
-        if current or not item.name.startswith(tuple(prefixes or ("",))):
+def fill_table(text: str, file: str, records: Mapping[str, Mapping[str, Any]]) -> str:
+    """Returns the text of a configuration file with the last two cells of its table's rows from the records.
+
+    A row is of a variant and a topology; "A / B" is of the variant and of its dense twin, "-" where there is no plan.
+    """
+    lines, widths = [], (0, 0)
+    for line in text.splitlines():
+        cells = line.split("|")
+        if not line.startswith("    | ") or len(cells) != 8:
+            lines.append(line)
             continue
-        record = to_record(compile_plan(item), item.digest())
-        records = load_records() | {item.name: record}  # minutes later: another process may have added its own
-        ordered = {one.name: records[one.name] for one in everything if one.name in records}
-        partial = RECORDS.with_suffix(".partial")
-        partial.write_text(json.dumps(ordered, indent=1) + "\n")
-        os.replace(partial, RECORDS)
-        write_page(ordered)
+        variant, topology = cells[1].strip(), cells[2].strip()
+        if variant == "variant":
+            widths = len(cells[5]) - 2, len(cells[6]) - 2
+        else:
+            twins = [records.get(f"{file}:{one} {topology}", {}) for one in (variant, f"{variant}_dense")]
+            peak = " / ".join(f"{r['peak_gib']:.1f}" if r else "-" for r in twins)
+            step = " / ".join(f"{r['step_seconds']:.2f}" if "step_seconds" in r else "-" for r in twins)
+            cells[5:7] = f" {peak:{widths[0]}} ", f" {step:{widths[1]}} "
+        lines.append("|".join(cells))
+    return "\n".join(lines) + "\n"
+
+
+def write_records(records: Mapping[str, dict[str, Any]], wanted: Sequence[Wanted]) -> None:
+    """Writes docs/plans.json, the page and the tables of the configuration files; drops what is no longer wanted."""
+    ordered = {item.name: records[item.name] for item in wanted if item.name in records}
+    write_json(RECORDS, ordered)
+    write_page(ordered)
+    for file in dict.fromkeys(item.file for item in wanted):
+        path = REPO / "configs" / f"{file}.py"
+        write_text(path, fill_table(path.read_text(), file, ordered))
+
+
+# A plan made with other versions of the compiler than its record may differ by this much.
+_OTHER_VERSIONS = {"peak_gib": 0.25, "step_seconds": 0.25, "mfu": 0.25, "tokens_per_second_per_chip": 0.25}
+_SAME = 0.005
+
+
+def differences(record: Mapping[str, Any], again: Mapping[str, Any]) -> list[str]:
+    """Returns what a plan compiled again says otherwise than its record, one line each.
+
+    Made with the same versions every number agrees to 0.5 %; the matmul FLOPs and what the configuration says always.
+    """
+    same_versions = record["versions"] == again["versions"]
+    found = []
+    for key, old in record.items():
+        new = again.get(key)
+        if key in ("versions", "spare_gib"):
+            continue
+        if isinstance(old, str) or isinstance(new, str | None):
+            agrees = old == new
+        else:
+            tolerance = _SAME if same_versions else _OTHER_VERSIONS.get(key, _SAME)
+            agrees = abs(new - old) <= tolerance * abs(old)
+        if not agrees:
+            found.append(f"{key}: {old} is recorded (jax {record['versions']['jax']}), {new} came out")
+    return found
+
+
+def check(wanted: Sequence[Wanted]) -> list[str]:
+    """Compiles plans again and returns how they differ from their records."""
+    records, found = load_records(), []
+    for item in wanted:
+        if item.name not in records:
+            found.append(f"{item.name} has no record")
+            continue
+        again = to_record(compile_plan(item), item.digest())
+        found += [f"{item.name}: {line}" for line in differences(records[item.name], again)]
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Compiles what is missing or out of date and writes after every plan, or checks."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("prefix", nargs="*", help="beginnings of names, for example qwen3:4b_8k; all without one")
+    parser.add_argument("--check", action="store_true", help="compile again and compare; write nothing")
+    given = parser.parse_args(arguments)
+    everything = wanted_plans()
+    chosen = [item for item in everything if item.name.startswith(tuple(given.prefix or ("",)))]
+    if not chosen:
+        raise SystemExit(f"no plan begins with {' or '.join(given.prefix)}: {', '.join(i.name for i in everything)}")
+    if given.check:
+        found = check(chosen)
+        raise SystemExit("\n".join(found) if found else 0)
+    for item in chosen:
+        if load_records().get(item.name, {}).get("digest") != item.digest():
+            record = to_record(compile_plan(item), item.digest())
+            # Minutes later: another process may have added its own.
+            write_records(load_records() | {item.name: record}, everything)
+    write_records(load_records(), everything)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

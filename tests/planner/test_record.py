@@ -22,6 +22,41 @@ def test_the_page_shows_what_is_kept(tmp_path):
     assert page.read_text() == record.PAGE.read_text(), "python -m intttrain.planner.record writes the table"
 
 
+def test_the_tables_of_the_files_show_what_is_kept():
+    for file in {item.file for item in record.wanted_plans()}:
+        text = (record.REPO / "configs" / f"{file}.py").read_text()
+        assert record.fill_table(text, file, record.load_records()) == text, "python -m intttrain.planner.record"
+
+
+def test_a_row_has_both_twins():
+    text = """    | variant | topology | mesh | rows | peak GiB    | step s      |
+    |---------|----------|------|------|-------------|-------------|
+    | a       | v5e:2x2  | m    | r    |             | old         |
+    | b       | v5e:2x2  | m    | r    |             | old         |
+"""
+    records = {
+        "f:a v5e:2x2": {"peak_gib": 3.21, "step_seconds": 1.5}, "f:a_dense v5e:2x2": {"peak_gib": 20.0},
+        "f:b v4:2x2x1": {"peak_gib": 1.0, "step_seconds": 1.0},
+    }  # fmt: skip
+    rows = record.fill_table(text, "f", records).splitlines()
+    assert rows[:2] == text.splitlines()[:2]
+    assert rows[2] == "    | a       | v5e:2x2  | m    | r    | 3.2 / 20.0  | 1.50 / -    |"
+    assert rows[3] == "    | b       | v5e:2x2  | m    | r    | - / -       | - / -       |"
+
+
+def test_a_plan_compiled_again_is_compared():
+    old = {"digest": "a", "versions": {"jax": "1"}, "peak_gib": 10.0, "step_seconds": 2.0, "matmul_tflop": 100.0}
+    assert record.differences(old, old | {"step_seconds": 2.009}) == []
+    assert record.differences(old, old | {"step_seconds": 2.02}) == [
+        "step_seconds: 2.0 is recorded (jax 1), 2.02 came out"
+    ]
+    newer = {"versions": {"jax": "2"}}
+    assert record.differences(old, old | newer | {"step_seconds": 2.4, "peak_gib": 8.0}) == []
+    assert len(record.differences(old, old | newer | {"step_seconds": 2.6, "matmul_tflop": 102.0})) == 2
+    assert len(record.differences(old, old | {"digest": "b"})) == 1
+    assert len(record.differences(old, {**old, "step_seconds": None})) == 1, "no longer fits"
+
+
 def test_the_digest_follows_what_shapes_the_step():
     item = next(item for item in record.wanted_plans() if item.variant == "4b_8k")
     free = dataclasses.replace(item.config, name="other", train=dataclasses.replace(item.config.train, num_steps=7))
