@@ -50,7 +50,8 @@ def resolve_mesh(config: MeshConfig, device_count: int) -> MeshShape:
     """
     if device_count % config.slices:
         raise UserError(f"mesh.slices={config.slices} does not divide the {device_count} devices")
-    sizes = {axis: getattr(config, axis) for axis in AXES}
+    values = dataclasses.asdict(config)
+    sizes = {axis: values[axis] for axis in AXES}
     free = [axis for axis, size in sizes.items() if size is None]
     product = math.prod(size for size in sizes.values() if size is not None)
     given = "mesh: " + " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size is not None)
