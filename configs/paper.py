@@ -23,11 +23,9 @@ Predicted, "-" where there is no plan yet; "A / B" is with TTT / dense:
     | 500m         | v6e:8x8     | fsdp 64              | 64 x 32768    | - / -       | - / -       |
     | 500m_full    | v5p:4x4x4   | fsdp 64              | 64 x 32768    | - / -       | - / -       |
     | 1.5b         | v5p:4x4x4   | fsdp 64              | 128 x 32768   | - / -       | - / -       |
-    | 1.5b         | v6e:8x8     | fsdp 64              | 128 x 32768   | - / -       | - / -       |
     | 1.5b_full    | v5p:4x4x4   | fsdp 64              | 128 x 32768   | - / -       | - / -       |
     | 1.7b         | v5p:4x4x4   | fsdp 64              | 1024 x 8192   | - / -       | - / -       |
     | 4b           | v5p:4x4x4   | fsdp 64              | 1024 x 8192   | - / -       | - / -       |
-    | 4b           | v6e:16x16   | fsdp 256             | 1024 x 8192   | - / -       | - / -       |
 
 Other topologies and lengths: `docs/configs.md`.
 """
@@ -38,16 +36,16 @@ import ml_collections
 
 from intttrain.core.config import default_config
 
-V5P, V6E_64, V6E_256 = "v5p:4x4x4", "v6e:8x8", "v6e:16x16"
+V5P, V6E = "v5p:4x4x4", "v6e:8x8"
 
 # Variant -> the topologies it is planned for. The keys are all variants there are.
 TOPOLOGIES: dict[str, tuple[str, ...]] = {
-    "500m": (V5P, V6E_64),
+    "500m": (V5P, V6E),
     "500m_full": (V5P,),
-    "1.5b": (V5P, V6E_64),
+    "1.5b": (V5P,),
     "1.5b_full": (V5P,),
     "1.7b": (V5P,),
-    "4b": (V5P, V6E_256),
+    "4b": (V5P,),
 }
 TOPOLOGIES |= {f"{variant}_dense": topologies for variant, topologies in TOPOLOGIES.items()}
 

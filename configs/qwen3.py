@@ -22,7 +22,6 @@ Predicted, "-" where there is no plan yet; "A / B" is with TTT / dense:
     | 4b_128k     | v5p:4x4x4   | fsdp 16 x context 4  | 16 x 131072   | - / -       | - / -       |
     | 8b_128k     | v5p:4x4x4   | fsdp 16 x context 4  | 16 x 131072   | - / -       | - / -       |
     | 14b_128k    | v5p:4x4x4   | fsdp 16 x context 4  | 16 x 131072   | - / -       | - / -       |
-    | 4b_128k     | tpu7x:4x4x4 | fsdp 16 x context 8  | 16 x 131072   | - / -       | - / -       |
     | 4b_128k     | v5e:16x16   | fsdp 16 x context 16 | 16 x 131072   | - / -       | - / -       |
     | 4b_128k     | v6e:16x16   | fsdp 16 x context 16 | 16 x 131072   | - / -       | - / -       |
 
@@ -33,7 +32,7 @@ import ml_collections
 
 from intttrain.core.config import default_config
 
-V5P, V5E, V6E, V7X = "v5p:4x4x4", "v5e:16x16", "v6e:16x16", "tpu7x:4x4x4"
+V5P, V5E, V6E = "v5p:4x4x4", "v5e:16x16", "v6e:16x16"
 
 # Variant -> the topologies it is planned for. The keys are all variants there are.
 TOPOLOGIES: dict[str, tuple[str, ...]] = {
@@ -48,7 +47,7 @@ TOPOLOGIES: dict[str, tuple[str, ...]] = {
     "4b_32k_dense": (V5P,),
     "8b_32k_dense": (V5P,),
     "14b_32k_dense": (V5P,),
-    "4b_128k_dense": (V5P, V5E, V6E, V7X),
+    "4b_128k_dense": (V5P, V5E, V6E),
     "8b_128k_dense": (V5P,),
     "14b_128k_dense": (V5P,),
 }
