@@ -142,6 +142,21 @@ def test_asynchronous_copies_and_aliases():
     assert _peak(body.replace(", output_to_operand_aliasing={{}: (0, {})}", "")).bytes == 2 * _BIG
 
 
+def test_work_of_the_sparse_core_gets_its_operands_after_its_start():
+    body = """(p: f32[1024,1024]) -> f32[] {
+  %p = f32[1024,1024]{1,0} parameter(0)
+  %s = ((), (), (s32[256]{0})) custom-call-start(), custom_call_target="t"
+  %a = f32[1024,1024]{1,0} sine(%p)
+  %u = ((f32[1024,1024]{1,0}), (f32[1024,1024]{1,0}), (s32[256]{0})) custom-call-update(%s, %a), output_to_operand_aliasing={{2,0}: (0, {2,0})}
+  %b = f32[1024,1024]{1,0} sine(%p)
+  %d = (f32[1024,1024]{1,0}) custom-call-done(%u)
+  %f = f32[1024,1024]{1,0} get-tuple-element(%d), index=0
+  ROOT %r = f32[] custom-call(%f, %b), custom_call_target="sum"
+}"""  # noqa: E501
+    peak = _peak(body)  # its operand and result, its context, and what is made meanwhile
+    assert (peak.bytes, {b.instruction.name for b in peak.buffers}) == (3 * _BIG + 1024, {"s", "a", "u", "b"})
+
+
 def test_a_loop_adds_its_bodys_arrays_and_its_state_once():
     computations = """
 %cond (c: (s32[], f32[1024,1024])) -> pred[] {
