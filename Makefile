@@ -21,7 +21,7 @@ unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH
 
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test check golden clean
+.PHONY: help demo test check check-plan golden clean
 
 python := $(VENV)/bin/python
 base   := $(VENV)/.installed-base
@@ -34,6 +34,7 @@ help:
 	@echo "make demo     train a small model and its dense twin on this machine and compare them"
 	@echo "make test     run the tests"
 	@echo "make check    format, lint, types, layers"
+	@echo "make check-plan  compile one shipped plan again and compare it with docs/plans.json"
 	@echo "make golden   rewrite the golden files of the tests; read the diff afterwards"
 	@echo "make clean    remove everything that make created"
 
@@ -48,6 +49,10 @@ check: $(full)
 	$(python) -m ruff format --check .
 	$(python) -m mypy
 	PATH="$(abspath $(VENV))/bin:$$PATH" lint-imports --no-logo
+
+# Compiles one of the shipped plans again, the cheapest, and compares it with its record.
+check-plan: $(full)
+	$(python) -m intttrain.planner.record --check "paper:500m_dense v6e:8x8"
 
 golden: $(full)
 	$(python) -m pytest -n $(JOBS) --update-golden $(TESTS)

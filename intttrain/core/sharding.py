@@ -69,22 +69,25 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(axes)) if _sharded() else x
 
 
-def per_device(function: Callable[..., Any], in_axes: tuple[Axes, ...], out_axes: tuple[Axes, ...] | Axes) -> Any:
+def per_device(
+    function: Callable[..., Any], in_axes: PyTree, out_axes: PyTree, *, left_to_xla: tuple[str, ...] = ()
+) -> Any:
     """Returns ``function`` to be run by every device on its own pieces; it does its own communication.
 
     Args:
       function: sees arrays in the pieces that the logical names say; may use the collectives below.
-      in_axes, out_axes: logical names of the dims of every argument and result.
+      in_axes, out_axes: as the arguments and results of ``function``: logical names of the dims of each array.
+      left_to_xla: mesh axes along which arrays stay whole to ``function`` and XLA divides its work; none of the logical
+        names may lie on them.
 
     Where no mesh is in use the pieces are whole, and ``function`` itself is returned.
     """
     if not _sharded():
         return function
-    one = not out_axes or not isinstance(out_axes[0], tuple)
-    out_specs = partition_spec(out_axes) if one else tuple(partition_spec(axes) for axes in out_axes)  # type: ignore[arg-type]
-    return jax.shard_map(
-        function, in_specs=tuple(partition_spec(axes) for axes in in_axes), out_specs=out_specs, check_vma=False
-    )
+    is_axes = lambda x: type(x) is tuple and all(name is None or isinstance(name, str) for name in x)  # noqa: E731
+    in_specs, out_specs = (jax.tree.map(partition_spec, axes, is_leaf=is_axes) for axes in (in_axes, out_axes))
+    manual = set(jax.sharding.get_abstract_mesh().axis_names) - set(left_to_xla)
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names=manual, check_vma=False)
 
 
 def _sharded() -> bool:

@@ -166,6 +166,7 @@ REMAT_KEEPS: dict[str, tuple[str, ...]] = {
     "dots": ("attention", "qkv", "residual", "mlp"),
 }
 OFFLOADED = ("layer_input", "attention")  # by "offload", to the memory of the host
+ALWAYS_KEPT = (ttt.STATE_NAME,)  # fp32 D x F of a TTT layer and row, only where a context axis cuts the rows
 
 
 def _remat(block: Any, policy: str) -> Any:
@@ -174,10 +175,10 @@ def _remat(block: Any, policy: str) -> Any:
         return block
     if policy == "offload":
         keep = jax.checkpoint_policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[], names_which_can_be_offloaded=list(OFFLOADED),
+            names_which_can_be_saved=list(ALWAYS_KEPT), names_which_can_be_offloaded=list(OFFLOADED),
             offload_src="device", offload_dst="pinned_host",
         )  # fmt: skip
     else:
-        keep = jax.checkpoint_policies.save_only_these_names(*REMAT_KEEPS[policy])
+        keep = jax.checkpoint_policies.save_only_these_names(*REMAT_KEEPS[policy], *ALWAYS_KEPT)
     # prevent_cse is needed only outside scans; a layer outside one may at worst keep its activations.
     return jax.checkpoint(block, policy=keep, prevent_cse=False)

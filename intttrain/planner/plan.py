@@ -182,7 +182,18 @@ def _kept_bytes(config: Config, program: Program) -> int | None:
     pieces = pieces_of(program.mesh, "batch") * pieces_of(program.mesh, "tokens")
     tokens = config.train.batch_rows * config.data.seq_len // (config.train.microbatches * pieces)
     itemsize = 2 if config.model.compute_dtype == "bfloat16" else 4
-    return None if values is None else values * tokens * config.model.num_layers * itemsize
+    if values is None:
+        return None
+    return values * tokens * config.model.num_layers * itemsize + _kept_state_bytes(config, program)
+
+
+def _kept_state_bytes(config: Config, program: Program) -> int:
+    """Returns the bytes of the incoming fast-weight states, which are kept where rows are cut over devices."""
+    model, sizes = config.model, program.mesh.shape
+    if model.ttt is None or sizes["context"] == 1:
+        return 0
+    rows = config.train.batch_rows // (config.train.microbatches * pieces_of(program.mesh, "batch"))
+    return len(model.ttt.layers) * rows * model.d_model * model.d_ff // sizes["tensor"] * 4
 
 
 def compiler_versions() -> dict[str, str]:

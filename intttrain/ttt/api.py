@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from intttrain.core.sharding import constrain
+from intttrain.core.sharding import axis_size, constrain
 from intttrain.ttt.chunked import scan_chunks
 from intttrain.ttt.layout import FastWeightState, init_state, make_layout
 from intttrain.ttt.reference import project_reference
+from intttrain.ttt.shards import AXIS, scan_shards
 from intttrain.ttt.transforms import DeltaTransform
 
 Implementation = Literal["auto", "chunked", "reference"]
@@ -102,7 +103,8 @@ def fast_weight_projection(
     frozen_DF = jax.lax.stop_gradient(w_down_DF)
     with jax.named_scope("ttt_scan"):
         s_in_BDF = constrain(layout_state.s_BDF, "batch", "width", "mlp")
-        scanned = scan_chunks(transform, z_BMCF, v_BMCD, frozen_DF, layout, gates_BM, eta, s_in_BDF)
+        scan = scan_shards if axis_size(AXIS) > 1 else scan_chunks
+        scanned = scan(transform, z_BMCF, v_BMCD, frozen_DF, layout, gates_BM, eta, s_in_BDF)
     base_BTD = project(z_BTF, w_down_DF) if base_BTD is None else base_BTD
     o_BTD = base_BTD + scanned.c_BMCD.reshape(rows, seq_len, -1)
     if transform.preserve_row_norm:

@@ -55,6 +55,20 @@ def scan_chunks(
     Matmul inputs keep the dtype of ``z_BMCF`` and ``v_BMCD``; the state and every sum are fp32. Differentiable
     in z, v, gates, eta and the incoming state. ``w_down_DF`` is read only for row scales, without gradient.
     """
+    return forward_scan(transform, z_BMCF, v_BMCD, w_down_DF, layout, gates_BM, eta, s_in_BDF)
+
+
+def forward_scan(
+    transform: DeltaTransform,
+    z_BMCF: Array,
+    v_BMCD: Array,
+    w_down_DF: Array,
+    layout: ChunkLayout,
+    gates_BM: Array,
+    eta: Array,
+    s_in_BDF: Array,
+) -> Scanned:
+    """``scan_chunks`` without a rule for differentiation."""
 
     def step(s_BDF: Array, chunk: _Chunk) -> tuple[Array, tuple[Array, ...]]:
         c_BCD = _read(s_BDF, chunk)
@@ -98,6 +112,36 @@ def _raw_delta(chunk: _Chunk, eta: Array) -> Array:
     return eta * jnp.einsum("bcd,bcf->bdf", written_BCD, chunk.z_BCF, preferred_element_type=jnp.float32)
 
 
+def written_state(
+    transform: DeltaTransform, z_BMCF: Array, v_BMCD: Array, layout: ChunkLayout, gates_BM: Array, eta: Array
+) -> Array:
+    """Returns the state (B D F) after the last chunk of rows that began with an empty one.
+
+    Without bounds on updates that is one matmul over all tokens.
+    """
+    if transform.bounds_delta:
+
+        def step(s_BDF: Array, chunk: _Chunk) -> tuple[Array, None]:
+            delta_BDF = chunk.gate_B[:, None, None] * bound_delta(_raw_delta(chunk, eta), transform)
+            return chunk.keep_B[:, None, None] * s_BDF + delta_BDF, None
+
+        empty_BDF = jnp.zeros((z_BMCF.shape[0], v_BMCD.shape[-1], z_BMCF.shape[-1]), jnp.float32)
+        return jax.lax.scan(step, empty_BDF, _by_chunk(z_BMCF, v_BMCD, layout, gates_BM))[0]
+    kept_from_BM = jnp.cumprod(layout.keeps_BM[:, ::-1], axis=1)[:, ::-1]
+    kept_after_BM = jnp.concatenate([kept_from_BM[:, 1:], jnp.ones_like(kept_from_BM[:, :1])], axis=1)
+    weights_BMC = layout.writes_BMC * (gates_BM * kept_after_BM)[:, :, None]
+    written_BMCD = v_BMCD * weights_BMC[..., None].astype(v_BMCD.dtype)
+    return eta * jnp.einsum("bmcd,bmcf->bdf", written_BMCD, z_BMCF, preferred_element_type=jnp.float32)
+
+
+def read_back(z_BMCF: Array, layout: ChunkLayout, do_BMCD: Array) -> Array:
+    """Returns the gradient (B D F) of the incoming state through all reads, without that of the last state."""
+    kept_to_BM = jnp.cumprod(layout.keeps_BM, axis=1)
+    kept_before_BM = jnp.concatenate([jnp.ones_like(kept_to_BM[:, :1]), kept_to_BM[:, :-1]], axis=1)
+    weighted_BMCD = do_BMCD * kept_before_BM[:, :, None, None].astype(do_BMCD.dtype)
+    return jnp.einsum("bmcd,bmcf->bdf", weighted_BMCD, z_BMCF, preferred_element_type=jnp.float32)
+
+
 def _scale(s_BDF: Array, w_down_DF: Array, transform: DeltaTransform) -> Array:
     if transform.preserve_row_norm:
         return row_scale(s_BDF, w_down_DF)
@@ -114,8 +158,40 @@ def _forward(transform: DeltaTransform, *inputs: Any) -> tuple[Scanned, tuple[An
 
 def _backward(transform: DeltaTransform, residuals: tuple[Any, ...], cotangents: Scanned) -> tuple[Any, ...]:
     z_BMCF, v_BMCD, _, layout, gates_BM, eta, s_in_BDF = residuals
+    do_BMCD = read_gradient(z_BMCF, layout, cotangents.c_BMCD)
+    found = backward_scans(transform, z_BMCF, v_BMCD, layout, gates_BM, eta, s_in_BDF, do_BMCD, cotangents.s_end_BDF)
+    return found.dz_BMCF, found.dv_BMCD, None, None, found.dgates_BM, found.deta, found.ds_in_BDF
+
+
+def read_gradient(z_BMCF: Array, layout: ChunkLayout, dc_BMCD: Array) -> Array:
+    """Returns the gradient of what was read, zero where nothing was, as an input of matmuls."""
+    return (layout.reads_BMC[..., None] * dc_BMCD).astype(z_BMCF.dtype)
+
+
+class Gradients(NamedTuple):
+    """Of z, v, the gates, eta and the incoming state."""
+
+    dz_BMCF: Array
+    dv_BMCD: Array
+    dgates_BM: Array
+    deta: Array
+    ds_in_BDF: Array
+
+
+def backward_scans(
+    transform: DeltaTransform,
+    z_BMCF: Array,
+    v_BMCD: Array,
+    layout: ChunkLayout,
+    gates_BM: Array,
+    eta: Array,
+    s_in_BDF: Array,
+    do_BMCD: Array,
+    g_end_BDF: Array,
+) -> Gradients:
+    """Returns the gradients, from that of what was read (``read_gradient``) and that of the last state."""
     chunks = _by_chunk(z_BMCF, v_BMCD, layout, gates_BM)
-    do_MBCD = jnp.moveaxis(layout.reads_BMC[..., None] * cotangents.c_BMCD, 1, 0).astype(z_BMCF.dtype)
+    do_MBCD = jnp.moveaxis(do_BMCD, 1, 0)
 
     def prefix(s_BDF: Array, inputs: tuple[_Chunk, Array]) -> tuple[Array, Array]:
         """Re-creates S_i and returns the gradient of z through the read: ``a_t do_t S_i``."""
@@ -132,10 +208,10 @@ def _backward(transform: DeltaTransform, residuals: tuple[Any, ...], cotangents:
         return chunk.keep_B[:, None, None] * g_BDF + read_BDF, gradients
 
     _, dz_read_MBCF = jax.lax.scan(prefix, s_in_BDF, (chunks, do_MBCD))
-    ds_in_BDF, gradients = jax.lax.scan(suffix, cotangents.s_end_BDF, (chunks, do_MBCD), reverse=True)
+    ds_in_BDF, gradients = jax.lax.scan(suffix, g_end_BDF, (chunks, do_MBCD), reverse=True)
     dz_MBCF, dv_MBCD, dgate_MB, deta_MB = gradients
     dz_BMCF, dv_BMCD = jnp.moveaxis(dz_read_MBCF + dz_MBCF, 0, 1), jnp.moveaxis(dv_MBCD, 0, 1)
-    return dz_BMCF, dv_BMCD, None, None, jnp.moveaxis(dgate_MB, 0, 1), jnp.sum(deta_MB), ds_in_BDF
+    return Gradients(dz_BMCF, dv_BMCD, jnp.moveaxis(dgate_MB, 0, 1), jnp.sum(deta_MB), ds_in_BDF)
 
 
 def _commit_gradient(transform: DeltaTransform, chunk: _Chunk, eta: Array, g_BDF: Array) -> tuple[Array, ...]:

@@ -32,6 +32,7 @@ MESHES = {
     "data2_fsdp2_tensor2": {"data": 2, "fsdp": 2, "tensor": 2},
     "slices2": {"data": 2, "fsdp": 4, "slices": 2},
     "context2": {"fsdp": 2, "context": 2, "tensor": 2},
+    "context4": {"fsdp": 2, "context": 4},
     "microbatches2": {"data": 2, "fsdp": 2, "tensor": 2, "microbatches": 2},
 }
 

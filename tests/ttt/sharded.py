@@ -1,0 +1,113 @@
+"""Runs the packed cases on rows that are cut over devices and prints how far every result is from one device, as JSON.
+
+A process of its own because the number of CPU devices is fixed when JAX starts. The distances of planted faults come
+last, each on one case that it must spoil.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from intttrain.core.config import MeshConfig
+from intttrain.core.mesh import make_mesh
+from intttrain.core.sharding import using_mesh
+from intttrain.ttt import shards
+from tests.ttt.cases import BY_NAME, CASES, Case, T, _Shaped, cotangents, forward, gradients, leaves_of
+
+# One to all shards hold a document; rows beside, and feed-forward width beside, where they divide.
+MESHES = {
+    "context4": {"context": 4},
+    "context2_tensor2": {"context": 2, "tensor": 2},
+    "fsdp2_context4": {"fsdp": 2, "context": 4},
+    "context8": {"context": 8},
+}
+FAULTS = ("restart", "inclusive", "forgets_documents", "no_sum_of_eta", "forward_order_backward")
+
+
+def runs_on(case: Case, sizes: dict[str, int]) -> bool:
+    """Whether every shard gets whole chunks and whole rows."""
+    chunks, rows = T // case.chunk_tokens, len(case.rows)
+    return chunks % sizes["context"] == 0 and rows % sizes.get("fsdp", 1) == 0
+
+
+def sharded_program(case: Case, mesh: jax.sharding.Mesh) -> Callable[..., Any]:
+    """``cases.gradients`` of the shape of this case, on a mesh."""
+
+    def loss(leaves: Any, segments_BT: jax.Array, document_B: jax.Array, along: Any) -> Any:
+        with using_mesh(mesh):
+            output = forward(_Shaped(case, document_B), leaves, segments_BT)
+        value = jnp.sum(output.o_BTD * along[0]) + jnp.sum(output.state.s_BDF * along[1])
+        return value, output
+
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(jax.grad(loss, has_aux=True), in_shardings=everywhere, out_shardings=everywhere)
+
+
+def distances(case: Case, program: Callable[..., Any]) -> dict[str, float]:
+    wanted, one = gradients(case, "chunked")
+    actual, many = program(leaves_of(case), case.segments_BT, case.document_B, cotangents(case))
+    pairs = {name: (wanted[name], actual[name]) for name in wanted}
+    pairs |= {name: (getattr(one, name), getattr(many, name)) for name in ("o_BTD", "delta_norm_BM", "state_norm_BM")}
+    pairs["state"] = (one.state.s_BDF, many.state.s_BDF)
+    return {
+        name: float(np.max(np.abs(np.asarray(a) - np.asarray(b))) / max(float(np.max(np.abs(a))), 1e-3))
+        for name, (a, b) in pairs.items()
+    }
+
+
+@contextmanager
+def planted(fault: str) -> Any:
+    """Makes one mistake in ``shards`` that public code has made."""
+    scan, add = shards.exclusive_scan, shards.sum_over
+
+    def restart(keep_B: Any, own_BDF: Any, first_BDF: Any, **options: Any) -> Any:
+        received, last = scan(keep_B, own_BDF, first_BDF, **options)
+        return jnp.zeros_like(received), last
+
+    def inclusive(keep_B: Any, own_BDF: Any, first_BDF: Any, **options: Any) -> Any:
+        received, last = scan(keep_B, own_BDF, first_BDF, **options)
+        return keep_B[:, None, None] * received + own_BDF, last
+
+    faulty = {
+        "restart": restart,
+        "inclusive": inclusive,
+        "forgets_documents": lambda keep, own, first, **options: scan(jnp.ones_like(keep), own, first, **options),
+        "forward_order_backward": lambda keep, own, first, *, reverse=False: scan(keep, own, first),
+    }
+    shards.exclusive_scan = faulty.get(fault, scan)
+    shards.sum_over = (lambda x, *axes: x) if fault == "no_sum_of_eta" else add
+    try:
+        yield
+    finally:
+        shards.exclusive_scan, shards.sum_over = scan, add
+
+
+def main() -> None:
+    devices = jax.devices()
+    found: dict[str, dict[str, float]] = {}
+    for mesh_name, sizes in MESHES.items():
+        mesh = make_mesh(MeshConfig(**{"fsdp": 1} | sizes), devices[: int(np.prod(list(sizes.values())))])
+        programs: dict[Any, Callable[..., Any]] = {}
+        for case in CASES:
+            if runs_on(case, sizes):
+                shape = (len(case.rows), case.chunk_tokens, case.conv, case.transform)
+                programs.setdefault(shape, sharded_program(case, mesh))
+                found[f"{mesh_name} {case.name}"] = distances(case, programs[shape])
+    mesh = make_mesh(MeshConfig(fsdp=1, context=4), devices[:4])
+    case = BY_NAME["state_in"]
+    for fault in FAULTS:
+        with planted(fault):
+            found[f"fault {fault}"] = distances(case, sharded_program(case, mesh))
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Rows that are cut over devices: every case, in value and every gradient, and the mistakes that must be seen."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.ttt.cases import CASES
+from tests.ttt.sharded import FAULTS, MESHES, runs_on
+
+REPO = Path(__file__).resolve().parents[2]
+ON_SHARDS = [f"{mesh} {case.name}" for mesh, sizes in MESHES.items() for case in CASES if runs_on(case, sizes)]
+
+# fp32 sums of at most 16 x 12 products in another order, on both sides.
+FP32 = 2e-5
+SPECTRAL = 2e-3  # as exact as 12 power iterations converge
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, dict[str, float]]:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(REPO),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+    }
+    program = [sys.executable, str(REPO / "tests" / "ttt" / "sharded.py")]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_shards_compute_what_one_device_computes(found: dict[str, dict[str, float]]) -> None:
+    assert set(found) == {*ON_SHARDS, *(f"fault {fault}" for fault in FAULTS)} and len(ON_SHARDS) > 30
+    too_far = {
+        f"{case} {name}": value
+        for case in ON_SHARDS
+        for name, value in found[case].items()
+        if not value <= (SPECTRAL if "spectral" in case else FP32)
+    }
+    assert not too_far
+    assert all(
+        {"z", "v", "gates", "eta", "s_in", "w_down", "o_BTD", "state"} <= found[case].keys() for case in ON_SHARDS
+    )
+
+
+# What each mistake spoils first.
+SPOILED = {
+    "restart": ("o_BTD", "z"),
+    "inclusive": ("o_BTD", "z"),
+    "forgets_documents": ("o_BTD",),
+    "no_sum_of_eta": ("eta",),
+    "forward_order_backward": ("v", "s_in"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_seen(found: dict[str, dict[str, float]], fault: str) -> None:
+    for name in SPOILED[fault]:
+        assert found[f"fault {fault}"][name] > 1e-2, name
