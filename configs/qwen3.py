@@ -34,22 +34,23 @@ from intttrain.core.config import default_config
 
 V5P, V5E, V6E = "v5p:4x4x4", "v5e:16x16", "v6e:16x16"
 
-# Variant -> the topologies it is planned for. The keys are all variants there are.
+# Variant -> the topologies it is planned for. The keys are all variants there are. (`intttrain plan --compare` plans the
+# twin of any.)
 TOPOLOGIES: dict[str, tuple[str, ...]] = {
     "4b_8k": (V5P, V6E),
     "4b_32k": (V5P,),
     "8b_32k": (V5P,),
     "14b_32k": (V5P,),
-    "4b_128k": (V5P,),
+    "4b_128k": (V5P, V5E, V6E),
     "8b_128k": (V5P,),
     "14b_128k": (V5P,),
     "4b_8k_dense": (V5P,),
     "4b_32k_dense": (V5P,),
-    "8b_32k_dense": (V5P,),
-    "14b_32k_dense": (V5P,),
+    "8b_32k_dense": (),
+    "14b_32k_dense": (),
     "4b_128k_dense": (V5P, V5E, V6E),
-    "8b_128k_dense": (V5P,),
-    "14b_128k_dense": (V5P,),
+    "8b_128k_dense": (),
+    "14b_128k_dense": (),
 }
 
 SIZES = {  # d_model, d_ff, layers, query heads, whether the output head is the embedding
