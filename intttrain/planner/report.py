@@ -79,10 +79,16 @@ def _time(plan: Plan) -> list[str]:
 def _lines(plan: Plan) -> list[str]:
     if plan.cost is None:
         return []
-    lines = ["", "by line of the program"]
-    for line, categories in list(plan.cost.cycles_by_line.items())[:_SHOWN]:
-        kinds = ", ".join(f"{name} {cycles / 1e6:.1f}" for name, cycles in categories.items() if cycles >= 5e4)
-        lines.append(f"  {sum(categories.values()) / 1e6:9.1f}  {_short(line) or 'no line'}  {kinds}")
+    tables = (
+        ("by pass and scope of the model", plan.cost.cycles_by_scope),
+        ("by line of the program", {_short(line) or "no line": row for line, row in plan.cost.cycles_by_line.items()}),
+    )
+    lines = []
+    for title, rows in tables:
+        lines += ["", title]
+        for name, categories in list(rows.items())[:_SHOWN]:
+            kinds = ", ".join(f"{kind} {cycles / 1e6:.1f}" for kind, cycles in categories.items() if cycles >= 5e4)
+            lines.append(f"  {sum(categories.values()) / 1e6:9.1f}  {name}  {kinds}")
     return lines
 
 

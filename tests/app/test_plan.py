@@ -54,8 +54,8 @@ def test_the_page(compared: tuple[str, dict, dict, Path]) -> None:
     out, with_ttt, dense, hlo = compared
     for part in (
         "planned on v5e:2x2: 4 devices, mesh fsdp 4", "fits with", "optimizer state", "largest temporaries", "MFU",
-        "model FLOPs per token = 6 x", "by line of the program", "intttrain/model/linear.py:", "all-gather over fsdp",
-        "TTT costs +",
+        "model FLOPs per token = 6 x", "by line of the program", "by pass and scope of the model",
+        "intttrain/model/linear.py:", "all-gather over fsdp", "TTT costs +",
     ):  # fmt: skip
         assert part in out, out
     assert sorted(path.name for path in hlo.iterdir()) == [
