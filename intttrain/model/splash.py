@@ -85,8 +85,9 @@ def splash_attention(
     seq_len, query_heads, head_dim = q_BTNH.shape[1:]
     kv_heads, shards = k_BTKH.shape[2], axis_size("tensor") * axis_size("context")
     spread = query_heads % shards == 0
-    if spread:
-        k_BTKH, v_BTKH = (jnp.repeat(x, math.lcm(kv_heads, shards) // kv_heads, axis=2) for x in (k_BTKH, v_BTKH))
+    copies = math.lcm(kv_heads, shards) // kv_heads if spread else 1
+    if copies > 1:
+        k_BTKH, v_BTKH = (jnp.repeat(x, copies, axis=2) for x in (k_BTKH, v_BTKH))
     in_axes = ("batch", "spread_heads" if spread else "heads", None, "head_dim")
 
     def local(q_bnTH: jax.Array, k_bkTH: jax.Array, v_bkTH: jax.Array, segment_ids_bT: jax.Array) -> jax.Array:
