@@ -29,7 +29,7 @@ TOPOLOGIES: dict[str, tuple[str, ...]] = {
     "8b_32k": ("v5p:4x4x4",),
     "8b_128k": ("v5p:4x4x4",),
 }
-TOPOLOGIES |= {"8b_32k_dense": ("v5p:4x4x4",), "8b_128k_dense": ()}  # `intttrain plan --compare` plans any twin
+TOPOLOGIES |= {f"{variant}_dense": () for variant in TOPOLOGIES}  # planned by `intttrain plan --compare`
 
 LENGTHS = {"32k": (32768, 20e9), "128k": (131072, 15e9)}  # tokens a row, tokens in all
 TOKENS_PER_STEP = 2**21  # not published

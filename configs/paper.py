@@ -20,6 +20,8 @@ Predicted, "-" where there is no plan yet; "A / B" is with TTT / dense:
     | variant      | topology    | mesh                 | rows x tokens | peak GiB    | step s      |
     |--------------|-------------|----------------------|---------------|-------------|-------------|
     | 500m         | v5p:4x4x4   | fsdp 64              | 64 x 32768    | - / -       | - / -       |
+    | 500m         | v5e:8x8     | fsdp 64              | 64 x 32768    | - / -       | - / -       |
+    | 500m         | tpu7x:4x4x2 | fsdp 64              | 64 x 32768    | - / -       | - / -       |
     | 500m         | v6e:8x8     | fsdp 64              | 64 x 32768    | - / -       | - / -       |
     | 500m_full    | v5p:4x4x4   | fsdp 64              | 64 x 32768    | - / -       | - / -       |
     | 1.5b         | v5p:4x4x4   | fsdp 64              | 128 x 32768   | - / -       | - / -       |
@@ -36,11 +38,11 @@ import ml_collections
 
 from intttrain.core.config import default_config
 
-V5P, V6E = "v5p:4x4x4", "v6e:8x8"
+V5P, V5E, V6E, V7X = "v5p:4x4x4", "v5e:8x8", "v6e:8x8", "tpu7x:4x4x2"
 
 # Variant -> the topologies it is planned for. The keys are all variants there are.
 TOPOLOGIES: dict[str, tuple[str, ...]] = {
-    "500m": (V5P, V6E),
+    "500m": (V5P, V5E, V6E, V7X),
     "500m_full": (V5P,),
     "1.5b": (V5P,),
     "1.5b_full": (V5P,),

@@ -15,7 +15,6 @@ Predicted, "-" where there is no plan yet; "A / B" is with TTT / dense:
     | variant     | topology    | mesh                 | rows x tokens | peak GiB    | step s      |
     |-------------|-------------|----------------------|---------------|-------------|-------------|
     | 4b_8k       | v5p:4x4x4   | fsdp 64              | 256 x 8192    | 45.6 / 41.2 | 4.22 / 3.83 |
-    | 4b_8k       | v6e:16x16   | fsdp 256             | 256 x 8192    | - / -       | - / -       |
     | 4b_32k      | v5p:4x4x4   | fsdp 64              | 64 x 32768    | - / -       | - / -       |
     | 8b_32k      | v5p:4x4x4   | fsdp 64              | 64 x 32768    | - / -       | - / -       |
     | 14b_32k     | v5p:4x4x4   | fsdp 64              | 64 x 32768    | - / -       | - / -       |
@@ -37,11 +36,11 @@ V5P, V5E, V6E = "v5p:4x4x4", "v5e:16x16", "v6e:16x16"
 # Variant -> the topologies it is planned for. The keys are all variants there are. (`intttrain plan --compare` plans the
 # twin of any.)
 TOPOLOGIES: dict[str, tuple[str, ...]] = {
-    "4b_8k": (V5P, V6E),
+    "4b_8k": (V5P,),
     "4b_32k": (V5P,),
     "8b_32k": (V5P,),
     "14b_32k": (V5P,),
-    "4b_128k": (V5P, V5E, V6E),
+    "4b_128k": (V5P,),
     "8b_128k": (V5P,),
     "14b_128k": (V5P,),
     "4b_8k_dense": (V5P,),
