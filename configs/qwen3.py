@@ -33,8 +33,7 @@ from intttrain.core.config import default_config
 
 V5P, V5E, V6E = "v5p:4x4x4", "v5e:16x16", "v6e:16x16"
 
-# Variant -> the topologies it is planned for. The keys are all variants there are. (`intttrain plan --compare` plans the
-# twin of any.)
+# Variant -> the topologies it is planned for; `intttrain plan --compare` plans any twin. The keys are all variants.
 TOPOLOGIES: dict[str, tuple[str, ...]] = {
     "4b_8k": (V5P,),
     "4b_32k": (V5P,),
