@@ -336,11 +336,11 @@ def test_export_never_replaces(world: World, new: Path, straight: Path) -> None:
 def test_json_that_cannot_be_put_in_place_leaves_nothing(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from intttrain.app import runs
+    from intttrain.core import files
 
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(runs.os, "replace", fail)
+    monkeypatch.setattr(files.os, "replace", fail)
     assert "No space left on device" in error_line(cli("config", world.config, f"--json={tmp_path / 'x.json'}"))
     assert not list(tmp_path.iterdir())
