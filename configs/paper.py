@@ -24,9 +24,9 @@ Predicted, "-" where there is no plan yet; "A / B" is with TTT / dense:
     | 500m         | tpu7x:4x4x2 | fsdp 64              | 64 x 32768    | - / -       | - / -       |
     | 500m         | v6e:8x8     | fsdp 64              | 64 x 32768    | 5.9 / 5.1   | 0.66 / 0.59 |
     | 500m_full    | v5p:4x4x4   | fsdp 64              | 64 x 32768    | 5.8 / 5.1   | 1.00 / 0.93 |
-    | 1.5b         | v5p:4x4x4   | fsdp 64              | 128 x 32768   | 21.9 / -    | 2.86 / -    |
-    | 1.5b_full    | v5p:4x4x4   | fsdp 64              | 128 x 32768   | 21.9 / -    | 4.61 / -    |
-    | 1.7b         | v5p:4x4x4   | fsdp 64              | 1024 x 8192   | 27.1 / -    | 6.92 / -    |
+    | 1.5b         | v5p:4x4x4   | fsdp 64              | 128 x 32768   | 21.9 / 18.1 | 2.86 / 2.51 |
+    | 1.5b_full    | v5p:4x4x4   | fsdp 64              | 128 x 32768   | 21.9 / 18.1 | 4.61 / 4.25 |
+    | 1.7b         | v5p:4x4x4   | fsdp 64              | 1024 x 8192   | 27.1 / 20.1 | 6.92 / 6.11 |
     | 4b           | v5p:4x4x4   | fsdp 64              | 1024 x 8192   | 46.3 / 41.4 | 15.97 / 14.39 |
 
 Other topologies and lengths: `docs/configs.md`.
