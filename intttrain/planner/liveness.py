@@ -189,9 +189,7 @@ class _Estimate:
             return tuple(operands)
         if at.opcode == "get-tuple-element":
             return _at(operands[0], (int(at.attributes["index"]),))
-        if (
-            at.opcode == "custom-call-update" and len(operands) > 1
-        ):  # SparseCore: what it works on comes after its start
+        if at.opcode == "custom-call-update" and len(operands) > 1:  # SparseCore: it gets its operands here
             return _replaced(_shared(at, operands), (0,), tuple(operands[1:]))
         if at.opcode in _SAME_VALUE or at.opcode == "while" or at.opcode.endswith("-update"):
             return operands[0]

@@ -17,6 +17,7 @@ import jax
 
 from intttrain.core.config import Config
 from intttrain.core.errors import UserError
+from intttrain.core.files import write_text
 from intttrain.core.hardware import Chip
 from intttrain.core.sharding import pieces_of
 from intttrain.model import FLOP_RULE, kept_values, model_flops_per_token
@@ -117,8 +118,7 @@ def make_plan(config: Config, topology_name: str, *, hlo: Path | None = None) ->
     seconds = time.monotonic() - start
     text = compiled.as_text()
     if target is not None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(text)
+        write_text(target, text)
     return _analyse(config, topology, program, compiled, text, seconds)
 
 
@@ -177,23 +177,20 @@ def _heading(config: Config, topology: Topology, program: Program) -> dict[str, 
 
 
 def _kept_bytes(config: Config, program: Program) -> int | None:
-    """Returns the bytes that all layers keep on one device for the backward pass, by the remat policy."""
-    values = kept_values(config.model, program.mesh.shape["tensor"])
-    pieces = pieces_of(program.mesh, "batch") * pieces_of(program.mesh, "tokens")
-    tokens = config.train.batch_rows * config.data.seq_len // (config.train.microbatches * pieces)
-    itemsize = 2 if config.model.compute_dtype == "bfloat16" else 4
+    """Returns the bytes that all layers keep on one device for the backward pass, by the remat policy.
+
+    Where rows are cut over devices the incoming fast-weight states are among them.
+    """
+    model, mesh = config.model, program.mesh
+    values = kept_values(model, mesh.shape["tensor"])
     if values is None:
         return None
-    return values * tokens * config.model.num_layers * itemsize + _kept_state_bytes(config, program)
-
-
-def _kept_state_bytes(config: Config, program: Program) -> int:
-    """Returns the bytes of the incoming fast-weight states, which are kept where rows are cut over devices."""
-    model, sizes = config.model, program.mesh.shape
-    if model.ttt is None or sizes["context"] == 1:
-        return 0
-    rows = config.train.batch_rows // (config.train.microbatches * pieces_of(program.mesh, "batch"))
-    return len(model.ttt.layers) * rows * model.d_model * model.d_ff // sizes["tensor"] * 4
+    rows = config.train.batch_rows // (config.train.microbatches * pieces_of(mesh, "batch"))
+    tokens = rows * config.data.seq_len // pieces_of(mesh, "tokens")
+    kept = values * tokens * model.num_layers * (2 if model.compute_dtype == "bfloat16" else 4)
+    if model.ttt is not None and mesh.shape["context"] > 1:
+        kept += len(model.ttt.layers) * rows * model.d_model * model.d_ff // mesh.shape["tensor"] * 4
+    return kept
 
 
 def compiler_versions() -> dict[str, str]:

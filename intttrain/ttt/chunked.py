@@ -55,25 +55,10 @@ def scan_chunks(
     Matmul inputs keep the dtype of ``z_BMCF`` and ``v_BMCD``; the state and every sum are fp32. Differentiable
     in z, v, gates, eta and the incoming state. ``w_down_DF`` is read only for row scales, without gradient.
     """
-    return forward_scan(transform, z_BMCF, v_BMCD, w_down_DF, layout, gates_BM, eta, s_in_BDF)
-
-
-def forward_scan(
-    transform: DeltaTransform,
-    z_BMCF: Array,
-    v_BMCD: Array,
-    w_down_DF: Array,
-    layout: ChunkLayout,
-    gates_BM: Array,
-    eta: Array,
-    s_in_BDF: Array,
-) -> Scanned:
-    """``scan_chunks`` without a rule for differentiation."""
 
     def step(s_BDF: Array, chunk: _Chunk) -> tuple[Array, tuple[Array, ...]]:
         c_BCD = _read(s_BDF, chunk)
-        delta_BDF = chunk.gate_B[:, None, None] * bound_delta(_raw_delta(chunk, eta), transform)
-        s_next_BDF = chunk.keep_B[:, None, None] * s_BDF + delta_BDF
+        s_next_BDF, delta_BDF = _commit(transform, s_BDF, chunk, eta)
         scale_BD = _scale(s_BDF, w_down_DF, transform)
         return s_next_BDF, (c_BCD, scale_BD, _norm(delta_BDF), _norm(s_next_BDF))
 
@@ -112,6 +97,12 @@ def _raw_delta(chunk: _Chunk, eta: Array) -> Array:
     return eta * jnp.einsum("bcd,bcf->bdf", written_BCD, chunk.z_BCF, preferred_element_type=jnp.float32)
 
 
+def _commit(transform: DeltaTransform, s_BDF: Array, chunk: _Chunk, eta: Array) -> tuple[Array, Array]:
+    """Returns the state after a chunk, and the chunk's update of it."""
+    delta_BDF = chunk.gate_B[:, None, None] * bound_delta(_raw_delta(chunk, eta), transform)
+    return chunk.keep_B[:, None, None] * s_BDF + delta_BDF, delta_BDF
+
+
 def written_state(
     transform: DeltaTransform, z_BMCF: Array, v_BMCD: Array, layout: ChunkLayout, gates_BM: Array, eta: Array
 ) -> Array:
@@ -122,13 +113,11 @@ def written_state(
     if transform.bounds_delta:
 
         def step(s_BDF: Array, chunk: _Chunk) -> tuple[Array, None]:
-            delta_BDF = chunk.gate_B[:, None, None] * bound_delta(_raw_delta(chunk, eta), transform)
-            return chunk.keep_B[:, None, None] * s_BDF + delta_BDF, None
+            return _commit(transform, s_BDF, chunk, eta)[0], None
 
         empty_BDF = jnp.zeros((z_BMCF.shape[0], v_BMCD.shape[-1], z_BMCF.shape[-1]), jnp.float32)
         return jax.lax.scan(step, empty_BDF, _by_chunk(z_BMCF, v_BMCD, layout, gates_BM))[0]
-    kept_from_BM = jnp.cumprod(layout.keeps_BM[:, ::-1], axis=1)[:, ::-1]
-    kept_after_BM = jnp.concatenate([kept_from_BM[:, 1:], jnp.ones_like(kept_from_BM[:, :1])], axis=1)
+    kept_after_BM = _kept_before(layout.keeps_BM[:, ::-1])[:, ::-1]
     weights_BMC = layout.writes_BMC * (gates_BM * kept_after_BM)[:, :, None]
     written_BMCD = v_BMCD * weights_BMC[..., None].astype(v_BMCD.dtype)
     return eta * jnp.einsum("bmcd,bmcf->bdf", written_BMCD, z_BMCF, preferred_element_type=jnp.float32)
@@ -136,10 +125,14 @@ def written_state(
 
 def read_back(z_BMCF: Array, layout: ChunkLayout, do_BMCD: Array) -> Array:
     """Returns the gradient (B D F) of the incoming state through all reads, without that of the last state."""
-    kept_to_BM = jnp.cumprod(layout.keeps_BM, axis=1)
-    kept_before_BM = jnp.concatenate([jnp.ones_like(kept_to_BM[:, :1]), kept_to_BM[:, :-1]], axis=1)
-    weighted_BMCD = do_BMCD * kept_before_BM[:, :, None, None].astype(do_BMCD.dtype)
+    weighted_BMCD = do_BMCD * _kept_before(layout.keeps_BM)[:, :, None, None].astype(do_BMCD.dtype)
     return jnp.einsum("bmcd,bmcf->bdf", weighted_BMCD, z_BMCF, preferred_element_type=jnp.float32)
+
+
+def _kept_before(keeps_BM: Array) -> Array:
+    """Returns for each chunk the product of ``keeps`` over the chunks before it."""
+    kept_BM = jnp.cumprod(keeps_BM, axis=1)
+    return jnp.concatenate([jnp.ones_like(kept_BM[:, :1]), kept_BM[:, :-1]], axis=1)
 
 
 def _scale(s_BDF: Array, w_down_DF: Array, transform: DeltaTransform) -> Array:
@@ -197,8 +190,7 @@ def backward_scans(
         """Re-creates S_i and returns the gradient of z through the read: ``a_t do_t S_i``."""
         chunk, do_BCD = inputs
         dz_BCF = jnp.einsum("bcd,bdf->bcf", do_BCD, s_BDF.astype(do_BCD.dtype))
-        delta_BDF = chunk.gate_B[:, None, None] * bound_delta(_raw_delta(chunk, eta), transform)
-        return chunk.keep_B[:, None, None] * s_BDF + delta_BDF, dz_BCF
+        return _commit(transform, s_BDF, chunk, eta)[0], dz_BCF
 
     def suffix(g_BDF: Array, inputs: tuple[_Chunk, Array]) -> tuple[Array, tuple[Array, ...]]:
         """Carries ``G_{i+1} = dL/dS_{i+1}`` back through the commit and the read of chunk i."""

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from intttrain.core.sharding import RULES, axis_size, per_device, sum_over
-from intttrain.ttt.chunked import Scanned, backward_scans, forward_scan, read_back, read_gradient, written_state
+from intttrain.ttt.chunked import Scanned, backward_scans, read_back, read_gradient, scan_chunks, written_state
 from intttrain.ttt.layout import ChunkLayout
 from intttrain.ttt.transforms import DeltaTransform
 
@@ -60,7 +60,7 @@ def _forward(transform: DeltaTransform, *inputs: Any) -> tuple[Scanned, tuple[An
     ) -> tuple[Scanned, Array]:
         own_BDF = written_state(transform, z_BMCF, v_BMCD, layout, gates_BM, eta)
         s_in_BDF, s_end_BDF = exclusive_scan(jnp.prod(layout.keeps_BM, axis=1), own_BDF, first_BDF)
-        scanned = forward_scan(transform, z_BMCF, v_BMCD, w_DF, layout, gates_BM, eta, s_in_BDF)
+        scanned = scan_chunks(transform, z_BMCF, v_BMCD, w_DF, layout, gates_BM, eta, s_in_BDF)
         return scanned._replace(s_end_BDF=s_end_BDF), s_in_BDF[None]
 
     in_axes = (_CHUNKS, _CHUNKS, (), _LAYOUT, _CHUNKS, (), _STATE)

@@ -2,38 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
-
 from tests.devices.equality import MESHES
-
-REPO = Path(__file__).resolve().parents[2]
+from tests.forced_devices import on_eight_cpu_devices
 
 # fp32 sums in another order, over up to 256 tokens: a few times 2^-24 * sqrt(256) relative to the largest entry.
 TOLERANCE = {"gradient": 1e-5, "loss": 2e-6, "row_loss": 2e-6, "params": 1e-5}
 
 
-def compare() -> dict[str, Any]:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(REPO),
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "TF_CPP_MIN_LOG_LEVEL": "2",
-    }
-    program = [sys.executable, str(REPO / "tests" / "devices" / "equality.py")]
-    done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
 def test_eight_devices_compute_what_one_computes_and_the_planner_lowers_it() -> None:
     """One test, because all of it comes from one process that compiles for minutes."""
-    found = compare()
+    found = on_eight_cpu_devices("tests.devices.equality")
     assert set(found["distances"]) == {f"{kind} {mesh}" for kind in ("ttt", "dense") for mesh in MESHES}
     too_far = {}
     for case, distances in found["distances"].items():

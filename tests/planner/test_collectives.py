@@ -12,7 +12,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from intttrain.core.hardware import CHIPS
 from intttrain.planner.collectives import moved_bytes, sum_traffic
 from intttrain.planner.groups import MeshGroups, read_groups
-from tests.planner.meshes import on_eight_cpu_devices, tpu_mesh
+from tests.forced_devices import on_eight_cpu_devices
+from tests.planner.meshes import tpu_mesh
 from tests.planner.planted_collectives import COLUMNS, OWN, PLANTED, TRIPS, compiled, found, read
 
 

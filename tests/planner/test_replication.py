@@ -8,7 +8,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from intttrain.planner.replication import replicated_arguments
-from tests.planner.meshes import on_eight_cpu_devices, tpu_mesh
+from tests.forced_devices import on_eight_cpu_devices
+from tests.planner.meshes import tpu_mesh
 from tests.planner.planted_replication import FAULTS, ROWS, TOKENS, WIDTH, found
 
 # --- activations ------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -149,8 +150,14 @@ def loss_of(case: Case, o_BTD: Any, s_BDF: Any) -> Any:
     return (o_BTD * along_o_BTD).sum() + (s_BDF * along_s_BDF).sum()
 
 
-@functools.cache
-def _program(case_key: Case, implementation: str) -> Any:
+def shape_of(case: Case) -> Case:
+    """Returns a case that stands for all that share compiled programs with this one."""
+    return Case("", ((0,),) * len(case.rows), None, case.chunk_tokens, case.conv, case.transform)
+
+
+def loss_function(case_key: Case, implementation: str) -> Callable[..., Any]:
+    """Returns ``loss_of`` and the output as a function of leaves, segments, documents and ``cotangents``."""
+
     def loss(leaves: Leaves, segments_BT: jax.Array, document_B: jax.Array, along: Any) -> Any:
         case = _Shaped(case_key, document_B)
         output = forward(case, leaves, segments_BT, implementation)
@@ -158,9 +165,14 @@ def _program(case_key: Case, implementation: str) -> Any:
         value = jnp.sum(output.o_BTD.astype(jnp.float32) * along_o_BTD) + jnp.sum(output.state.s_BDF * along_s_BDF)
         return value, output
 
+    return loss
+
+
+@functools.cache
+def _program(case_key: Case, implementation: str) -> Any:
     # The reference is unrolled over tokens: it is compiled without optimisation, which takes half as long.
     options = {"xla_backend_optimization_level": 0} if implementation == "reference" else None
-    return jax.jit(jax.grad(loss, has_aux=True), compiler_options=options)
+    return jax.jit(jax.grad(loss_function(case_key, implementation), has_aux=True), compiler_options=options)
 
 
 class _Shaped:
@@ -174,11 +186,10 @@ def gradients(
     case: Case, implementation: str, leaves: Leaves | None = None, segments_BT: np.ndarray | None = None
 ) -> tuple[Leaves, ttt.FastWeightOutput]:
     """Returns the gradient of ``loss_of`` for every leaf, and the output; compiled once per shape."""
-    shape = Case("", ((0,),) * len(case.rows), None, case.chunk_tokens, case.conv, case.transform)
     leaves = leaves_of(case) if leaves is None else leaves
     segments_BT = case.segments_BT if segments_BT is None else segments_BT
     along = cotangents(case)
-    return _program(shape, implementation)(leaves, segments_BT, case.document_B, along)
+    return _program(shape_of(case), implementation)(leaves, segments_BT, case.document_B, along)
 
 
 def assert_close(actual: Any, wanted: Any, tolerance: float, what: str = "", terms: float = 1e-3) -> None:

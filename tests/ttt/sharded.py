@@ -20,7 +20,7 @@ from intttrain.core.config import MeshConfig
 from intttrain.core.mesh import make_mesh
 from intttrain.core.sharding import using_mesh
 from intttrain.ttt import shards
-from tests.ttt.cases import BY_NAME, CASES, Case, T, _Shaped, cotangents, forward, gradients, leaves_of
+from tests.ttt.cases import BY_NAME, CASES, Case, T, cotangents, gradients, leaves_of, loss_function, shape_of
 
 # One to all shards hold a document; rows beside, and feed-forward width beside, where they divide.
 MESHES = {
@@ -41,14 +41,14 @@ def runs_on(case: Case, sizes: dict[str, int]) -> bool:
 def sharded_program(case: Case, mesh: jax.sharding.Mesh) -> Callable[..., Any]:
     """``cases.gradients`` of the shape of this case, on a mesh."""
 
-    def loss(leaves: Any, segments_BT: jax.Array, document_B: jax.Array, along: Any) -> Any:
+    loss = loss_function(shape_of(case), "chunked")
+
+    def on_mesh(*inputs: Any) -> Any:
         with using_mesh(mesh):
-            output = forward(_Shaped(case, document_B), leaves, segments_BT)
-        value = jnp.sum(output.o_BTD * along[0]) + jnp.sum(output.state.s_BDF * along[1])
-        return value, output
+            return loss(*inputs)
 
     everywhere = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(jax.grad(loss, has_aux=True), in_shardings=everywhere, out_shardings=everywhere)
+    return jax.jit(jax.grad(on_mesh, has_aux=True), in_shardings=everywhere, out_shardings=everywhere)
 
 
 def distances(case: Case, program: Callable[..., Any]) -> dict[str, float]:
@@ -95,12 +95,11 @@ def main() -> None:
     found: dict[str, dict[str, float]] = {}
     for mesh_name, sizes in MESHES.items():
         mesh = make_mesh(MeshConfig(**{"fsdp": 1} | sizes), devices[: int(np.prod(list(sizes.values())))])
-        programs: dict[Any, Callable[..., Any]] = {}
+        programs: dict[Case, Callable[..., Any]] = {}
         for case in CASES:
             if runs_on(case, sizes):
-                shape = (len(case.rows), case.chunk_tokens, case.conv, case.transform)
-                programs.setdefault(shape, sharded_program(case, mesh))
-                found[f"{mesh_name} {case.name}"] = distances(case, programs[shape])
+                program = programs.setdefault(shape_of(case), sharded_program(case, mesh))
+                found[f"{mesh_name} {case.name}"] = distances(case, program)
     mesh = make_mesh(MeshConfig(fsdp=1, context=4), devices[:4])
     case = BY_NAME["state_in"]
     for fault in FAULTS:

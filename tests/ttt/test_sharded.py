@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
+from tests.forced_devices import on_eight_cpu_devices
 from tests.ttt.cases import CASES
 from tests.ttt.sharded import FAULTS, MESHES, runs_on
 
-REPO = Path(__file__).resolve().parents[2]
 ON_SHARDS = [f"{mesh} {case.name}" for mesh, sizes in MESHES.items() for case in CASES if runs_on(case, sizes)]
 
 # fp32 sums of at most 16 x 12 products in another order, on both sides.
@@ -23,17 +17,7 @@ SPECTRAL = 2e-3  # as exact as 12 power iterations converge
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, dict[str, float]]:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(REPO),
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "TF_CPP_MIN_LOG_LEVEL": "2",
-    }
-    program = [sys.executable, str(REPO / "tests" / "ttt" / "sharded.py")]
-    done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return on_eight_cpu_devices("tests.ttt.sharded")
 
 
 def test_shards_compute_what_one_device_computes(found: dict[str, dict[str, float]]) -> None:
