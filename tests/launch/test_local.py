@@ -92,10 +92,11 @@ left=600
 while [ $left -gt 0 ]; do sleep 0.1; left=$((left - 1)); done
 exit 5
 """
+    # A test runner in the background may ignore Ctrl-C, and a shell cannot undo that.
+    heard = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
     running = subprocess.Popen(
-        [SCRIPT, "2", "1", "bash", "-c", program], env=environment(), text=True, stdout=subprocess.PIPE,
-        # A test runner in the background may ignore Ctrl-C, and a shell cannot undo that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        [sys.executable, "-c", heard, SCRIPT, "2", "1", "bash", "-c", program],
+        env=environment(), text=True, stdout=subprocess.PIPE,
     )  # fmt: skip
     assert running.stdout is not None
     ready = [running.stdout.readline() for _ in range(2)]
