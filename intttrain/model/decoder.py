@@ -148,10 +148,10 @@ def _apply_layer(
         if ttt_layer is None or config.ttt is None:
             return x_BTD + layer.mlp.project(z_BTF).astype(x_BTD.dtype), None, None
         v_BTD = ttt_layer.values(x0_BTD if config.ttt.target == "input_embed" else h_BTD, segment_ids_BT)
-        base_BTD = None if config.ttt.implementation == "reference" else layer.mlp.project(z_BTF)
         fast = ttt.fast_weight_projection(
             z_BTF, v_BTD, layer.mlp.down[...], segment_ids_BT, chunk_tokens=config.ttt.chunk_tokens, eta=eta,
-            base_BTD=base_BTD, transform=delta_transform(config.ttt), implementation=config.ttt.implementation,
+            gradient_dtype=config.weight_gradient_dtype, transform=delta_transform(config.ttt),
+            implementation=config.ttt.implementation,
         )  # fmt: skip
     return x_BTD + fast.o_BTD, None, TTTStats(fast.delta_norm_BM, fast.state_norm_BM)
 

@@ -55,6 +55,19 @@ def test_chunked_gradients_equal_the_reference(case):
         assert_close(actual[name], wanted[name], 2 * FP32, name)  # both sides round
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case.carried is None], ids=lambda case: case.name)
+def test_rows_without_a_state_run_as_one_long_row(case):
+    """What the trainer runs: no row begins with a state and nobody asks for the last ones."""
+    along_o_BTD, along_s_BDF = cotangents(case)
+    wanted, with_state = gradients(case, "chunked", along=(along_o_BTD, 0.0 * along_s_BDF))
+    actual, output = gradients(case, "chunked", fresh=True)
+    assert output.state is None
+    assert_close(output.o_BTD, with_state.o_BTD, tolerance(case), "o")
+    assert_close(output.state_norm_BM, with_state.state_norm_BM, tolerance(case), "norms")
+    for name in set(wanted) - {"s_in"}:
+        assert_close(actual[name], wanted[name], 2 * tolerance(case), name)
+
+
 @every_case
 def test_gradients_equal_finite_differences_of_the_token_loop(case):
     """Neither autodiff nor JAX on the other side: central differences in float64, one direction per leaf."""
@@ -129,7 +142,7 @@ def test_bf16_inputs_round_neither_the_products_nor_the_running_sum(implementati
     v = jnp.asarray([[[first]] + [[later]] * 12], jnp.bfloat16)
     output = ttt.fast_weight_projection(
         z, v, jnp.zeros((1, 1)), jnp.ones((1, 13), jnp.int32), chunk_tokens=1, eta=jnp.asarray(1.0),
-        implementation=implementation,
+        state=ttt.init_state(1, 1, 1), implementation=implementation,
     )  # fmt: skip
     assert float(output.state.s_BDF[0, 0, 0]) == first**2 + 12 * later
 
@@ -187,8 +200,8 @@ def test_default_arguments_mean_ungated_and_fresh():
     leaves = jax.tree.map(jnp.asarray, leaves_of(case))
     segments_BT = jnp.asarray(case.segments_BT)
     arguments = (leaves["z"], leaves["v"], leaves["w_down"], segments_BT)
-    short = ttt.fast_weight_projection(*arguments, chunk_tokens=C, eta=leaves["eta"])
     state = ttt.init_state(3, 8, 12)
+    short = ttt.fast_weight_projection(*arguments, chunk_tokens=C, eta=leaves["eta"], state=state)
     full = ttt.fast_weight_projection(
         *arguments, chunk_tokens=C, eta=leaves["eta"], gates_BM=jnp.ones((3, 4)), state=state, implementation="chunked"
     )

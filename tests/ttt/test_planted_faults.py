@@ -62,14 +62,18 @@ CASE = BY_NAME["several_in_a_chunk"]
 def test_no_fault_passes():
     compare_values(CASE)
     gradients, _ = run(CASE)
-    for name in ("z", "v", "gates", "eta"):
+    for name in ("z", "v", "gates", "eta", "w_down"):
         compare_finite_differences(CASE, name, gradients)
 
 
 def test_an_inclusive_scan_is_caught(monkeypatch):
     """Update, then apply: the chunk reads what it has just written."""
-    read = chunked._read
-    monkeypatch.setattr(chunked, "_read", lambda s, chunk: read(s + chunked._raw_delta(chunk, jnp.asarray(0.3)), chunk))
+    read = chunked.read
+
+    def read_after_writing(w, s, chunk):
+        return read(w, s + chunked._raw_delta(chunk, jnp.asarray(0.3)), chunk)
+
+    monkeypatch.setattr(chunked, "read", read_after_writing)
     with pytest.raises(AssertionError, match="error"):
         compare_values(BY_NAME["one_document"])
 
@@ -117,22 +121,29 @@ def test_a_transposed_target_projection_is_caught(monkeypatch):
 
 def test_a_backward_pass_without_its_suffix_scan_is_caught(monkeypatch):
     """Dropping what later chunks say about S leaves values right and gradients wrong."""
-    forward_rule, backward_rule = chunked._forward, chunked._backward
+    add = chunked._read_gradient
 
-    def shortened(transform, residuals, cotangents):
-        z, v, w, layout, *rest = residuals
-        cut = layout._replace(keeps_BM=jnp.zeros_like(layout.keeps_BM))
-        return backward_rule(transform, (z, v, w, cut, *rest), cotangents)
+    def forgetful(sums, *chunk):
+        found = add(sums, *chunk)
+        return found._replace(g_DF=found.g_DF - sums.g_DF)
 
-    faulty = jax.custom_vjp(chunked.scan_chunks.fun, nondiff_argnums=(0,))
-    faulty.defvjp(forward_rule, shortened)
-    monkeypatch.setattr(api, "scan_chunks", faulty)
+    monkeypatch.setattr(chunked, "_read_gradient", forgetful)
     case = dataclasses.replace(BY_NAME["state_in"], rows=((16,), (16,), (16,)))
     compare_values(case)
     gradients, _ = run(case)
     for name in ("z", "v", "s_in", "gates", "eta"):
         with pytest.raises(AssertionError, match="error"):
             compare_finite_differences(case, name, gradients)
+
+
+def test_a_gradient_of_w0_without_the_documents_that_ended_is_caught(monkeypatch):
+    """Where the state is dropped, what its readers wanted of W0 must not be dropped with it."""
+    add = chunked._read_gradient
+    monkeypatch.setattr(chunked, "_read_gradient", lambda sums, *chunk: add(sums, *chunk)._replace(dw_DF=sums.dw_DF))
+    compare_values(CASE)
+    gradients, _ = run(CASE)
+    with pytest.raises(AssertionError, match="error"):
+        compare_finite_differences(CASE, "w_down", gradients)
 
 
 def test_a_gate_or_eta_that_is_ignored_is_caught(monkeypatch):
