@@ -317,7 +317,8 @@ def execution_counts(module: Module) -> ExecutionCounts:
 
     A loop's body runs trips times and its condition once more. Of a conditional one branch is counted, the one with
     the larger sum of estimated cycles (or, without estimates, of bytes written): a step is priced at its worst case,
-    not at the sum of alternatives. A branch in ``RARE_SCOPE`` is counted only if all are. The completion of an asynchronous operation runs nothing again.
+    not at the sum of alternatives. A branch in ``RARE_SCOPE`` is counted only if all are. The completion of an
+    asynchronous operation runs nothing again.
     """
     scalars = _Scalars(module)
     order = _callers_first(module)

@@ -9,8 +9,8 @@ W conv taps.
 """
 
 from intttrain.ttt.api import FastWeightOutput, fast_weight_projection, project
-from intttrain.ttt.decode import FastWeightCache, decode_projection, init_cache
 from intttrain.ttt.chunked import MIXED_SCOPE
+from intttrain.ttt.decode import FastWeightCache, decode_projection, init_cache
 from intttrain.ttt.layout import ChunkLayout, FastWeightState, init_state, make_layout
 from intttrain.ttt.shards import STATE_NAME
 from intttrain.ttt.targets import CONV_TAPS, make_targets, mix_neighbours

@@ -5,7 +5,8 @@ the recurrence is a segmented exclusive prefix sum. Its gradient needs S_i again
 ``G_i = dL/dS_i`` (a suffix scan carries it). Residuals are the inputs only; see ``docs/method.md``, "Backward".
 
 Where all tokens of a chunk read the state, or none does, ``W0 + S_i`` is one matrix, and what the reads want of S_i is
-what they want of W0: one matmul serves both. Only a chunk in which a document begins after its first token takes two.
+what they want of W0: one matmul serves both. Only a chunk in which a document begins after its first token takes more;
+its results then replace the usual ones.
 
 Letters: C tokens per chunk, M chunks, D model width, F feed-forward width.
 """
@@ -22,7 +23,7 @@ from intttrain.ttt.transforms import DeltaTransform, bound_delta, row_scale
 
 Array = jax.Array
 
-# Work in this scope is done for a chunk in which a document begins after the first token, and for no other.
+# Work in this scope is done only for a chunk in which a document begins.
 MIXED_SCOPE = "mixed_chunk"
 
 
@@ -77,15 +78,24 @@ def forward_scan(
     Matmul inputs have the dtype of z; ``w_DF`` (W0), the state and every sum are fp32.
     """
 
-    def step(s_DF: Array, chunk: Chunks) -> tuple[Array, Forward]:
-        o_CD = read(w_DF, s_DF, chunk)
-        scale_D = row_scale(s_DF[None], w_DF)[0] if transform.preserve_row_norm else None
-        if scale_D is not None:
-            o_CD = o_CD * read_scale(scale_D, chunk.reads_MC)
-        s_next_DF, delta_DF = commit(transform, s_DF, chunk, eta)
-        return s_next_DF, Forward(o_CD.astype(chunk.z_MCF.dtype), scale_D, _norm(delta_DF), _norm(s_next_DF))
+    dtype = chunks.z_MCF.dtype
 
-    return jax.lax.scan(step, s_in_DF, chunks)
+    def step(s_DF: Array, inputs: tuple[Chunks, Array]) -> tuple[Array, Forward]:
+        chunk, at = inputs
+        scale_D = row_scale(s_DF[None], w_DF)[0] if transform.preserve_row_norm else None
+
+        def finish(o_CD: Array) -> Array:
+            return (o_CD if scale_D is None else o_CD * read_scale(scale_D, chunk.reads_MC)).astype(dtype)
+
+        def replace(_: Array) -> Array:
+            return finish(_through_both("cf,df->cd", _chunk_at(chunks.z_MCF, at), w_DF, s_DF, chunk.reads_MC))
+
+        o_CD = finish(_matmul("cf,df->cd", chunk.z_MCF, _read_matrix(w_DF, s_DF, chunk)))
+        o_CD = _if_mixed(chunk, replace, o_CD)
+        s_next_DF, delta_DF = commit(transform, s_DF, chunk, eta)
+        return s_next_DF, Forward(o_CD, scale_D, _norm(delta_DF), _norm(s_next_DF))
+
+    return jax.lax.scan(step, s_in_DF, (chunks, _numbers(chunks)))
 
 
 def read_scale(scale_MD: Array, reads_MC: Array) -> Array:
@@ -93,26 +103,37 @@ def read_scale(scale_MD: Array, reads_MC: Array) -> Array:
     return jnp.where(reads_MC[..., None] > 0, scale_MD[..., None, :], 1.0)
 
 
-def read(w_DF: Array, s_DF: Array, chunk: Chunks) -> Array:
-    """Returns ``(W0 + a_t S) z_t`` (C D, fp32)."""
-    return _by_matrix(w_DF, s_DF, chunk, lambda z_CF, m_DF: _matmul("cf,df->cd", z_CF, m_DF), chunk.z_MCF)
+def _read_matrix(w_DF: Array, s_DF: Array, chunk: Chunks) -> Array:
+    """Returns ``W0 + a S`` as an input of matmuls, for a chunk whose tokens all have the same a."""
+    return (w_DF + chunk.reads_MC[0] * s_DF).astype(chunk.z_MCF.dtype)
 
 
-def _by_matrix(
-    w_DF: Array, s_DF: Array, chunk: Chunks, multiply: Callable[[Array, Array], Array], x_CE: Array
-) -> Array:
-    """Returns ``multiply(x, W0 + a_t S)``, token by token."""
-    dtype = x_CE.dtype
+def _through_both(equation: str, x_CE: Array, w_DF: Array, s_DF: Array, reads_C: Array) -> Array:
+    """Returns the product (fp32) of each token with ``W0 + a_t S``, by two matmuls."""
+    through_s = _matmul(equation, x_CE, s_DF.astype(x_CE.dtype))
+    return _matmul(equation, x_CE, w_DF.astype(x_CE.dtype)) + reads_C[:, None] * through_s
 
-    def one_matrix() -> Array:
-        return multiply(x_CE, (w_DF + chunk.reads_MC[0] * s_DF).astype(dtype))
 
-    @jax.named_scope(MIXED_SCOPE)
-    def two_matrices() -> Array:
-        through_s_CE = chunk.reads_MC[:, None] * multiply(x_CE, s_DF.astype(dtype))
-        return multiply(x_CE, w_DF.astype(dtype)) + through_s_CE
+def _if_mixed(chunk: Chunks, replace: Callable[[Array], Array], x: Array) -> Array:
+    """Returns ``x``, or ``replace(x)`` for a chunk of which some tokens read the state and some do not.
 
-    return jax.lax.cond(jnp.all(chunk.reads_MC == chunk.reads_MC[0]), one_matrix, two_matrices)
+    ``replace`` should take of whole rows what it needs: a part handed over would be copied for every chunk.
+    """
+    uniform = jnp.all(chunk.reads_MC == chunk.reads_MC[0])
+    return jax.lax.cond(uniform, lambda x: x, jax.named_scope(MIXED_SCOPE)(replace), x)
+
+
+def _in_order(*arrays: Array) -> tuple[Array, ...]:
+    """Returns the arrays, all computed: what a conditional reads is updated in place after it, instead of in a copy."""
+    return jax.lax.optimization_barrier(arrays)
+
+
+def _numbers(chunks: Chunks) -> Array:
+    return jnp.arange(chunks.keep_M.shape[0])
+
+
+def _chunk_at(x_MCE: Array, at: Array) -> Array:
+    return jax.lax.dynamic_index_in_dim(x_MCE, at, keepdims=False)
 
 
 def _matmul(equation: str, a: Array, b: Array) -> Array:
@@ -148,8 +169,7 @@ def written_state(transform: DeltaTransform, eta: Array, chunks: Chunks) -> Arra
         def step(s_DF: Array, chunk: Chunks) -> tuple[Array, None]:
             return commit(transform, s_DF, chunk, eta)[0], None
 
-        empty_DF = jnp.zeros((chunks.v_MCD.shape[-1], chunks.z_MCF.shape[-1]), jnp.float32)
-        return jax.lax.scan(step, empty_DF, chunks)[0]
+        return jax.lax.scan(step, empty_state(chunks.v_MCD.shape[-1], chunks.z_MCF.shape[-1]), chunks)[0]
     kept_after_M = _kept_before(chunks.keep_M[::-1])[::-1]
     weights_MC = chunks.writes_MC * (chunks.gate_M * kept_after_M)[:, None]
     return eta * _matmul("mcd,mcf->df", _weighted(chunks.v_MCD, weights_MC), chunks.z_MCF)
@@ -165,6 +185,11 @@ def _kept_before(keep_M: Array) -> Array:
     """Returns for each chunk the product of ``keep`` over the chunks before it."""
     kept_M = jnp.cumprod(keep_M)
     return jnp.concatenate([jnp.ones_like(kept_M[:1]), kept_M[:-1]])
+
+
+def empty_state(width: int, d_ff: int) -> Array:
+    """Returns zeros (D F) that XLA takes for an array: it folds a constant into every step of a scan that it starts."""
+    return jax.lax.optimization_barrier(jnp.zeros((width, d_ff), jnp.float32))
 
 
 def _norm(x_DF: Array) -> Array:
@@ -190,35 +215,46 @@ def backward_scans(
       g_end_DF: gradient of the last state; ``None`` for zero.
     """
 
-    def prefix(s_DF: Array, inputs: tuple[Chunks, Array]) -> tuple[Array, Array]:
-        """Re-creates S_i and returns the gradient of z through the read: ``do_t (W0 + a_t S_i)``."""
-        chunk, do_CD = inputs
-        dz_CF = _by_matrix(w_DF, s_DF, chunk, lambda do, m_DF: _matmul("cd,df->cf", do, m_DF), do_CD)
-        return commit(transform, s_DF, chunk, eta)[0], dz_CF.astype(do_CD.dtype)
+    dtype = chunks.z_MCF.dtype
 
-    def suffix(carried: tuple[_Carried, Array], inputs: tuple[Chunks, Array, Array]) -> tuple[Any, tuple[Array, ...]]:
+    def prefix(carried: tuple[Array, Array], inputs: tuple[Chunks, Array, Array]) -> tuple[tuple[Array, Array], None]:
+        """Re-creates S_i and puts the gradient of z through the read, ``do_t (W0 + a_t S_i)``, into its place."""
+        s_DF, dz_MCF = carried
+        chunk, do_CD, at = inputs
+
+        def replace(dz_MCF: Array) -> Array:
+            dz_CF = _through_both("cd,df->cf", _chunk_at(do_MCD, at), w_DF, s_DF, chunk.reads_MC)
+            return jax.lax.dynamic_update_index_in_dim(dz_MCF, dz_CF.astype(dtype), at, axis=0)
+
+        dz_CF = _matmul("cd,df->cf", do_CD, _read_matrix(w_DF, s_DF, chunk)).astype(dtype)
+        dz_MCF = _if_mixed(chunk, replace, jax.lax.dynamic_update_index_in_dim(dz_MCF, dz_CF, at, axis=0))
+        s_DF, dz_MCF = _in_order(s_DF, dz_MCF)
+        return (commit(transform, s_DF, chunk, eta)[0], dz_MCF), None
+
+    def suffix(carried: tuple[_Sums, Array], inputs: tuple[Chunks, Array, Array]) -> tuple[Any, tuple[Array, ...]]:
         """Carries ``G_{i+1} = dL/dS_{i+1}`` back through the commit and the read of chunk i.
 
-        The gradient of z through the read lies where the whole gradient of z comes to lie.
+        The gradient of z through the commit is added to that through the read.
         """
         sums, dz_MCF = carried
         chunk, do_CD, at = inputs
         dz_CF, *gradients = _commit_gradient(transform, chunk, eta, sums.g_DF)
-        dz_CF = dz_CF + jax.lax.dynamic_index_in_dim(dz_MCF, at, keepdims=False)
-        dz_MCF = jax.lax.dynamic_update_index_in_dim(dz_MCF, dz_CF.astype(dz_MCF.dtype), at, axis=0)
-        return (_read_gradient(sums, chunk, do_CD, g_end_DF), dz_MCF), tuple(gradients)
+        dz_CF = dz_CF + _chunk_at(dz_MCF, at)
+        dz_MCF = jax.lax.dynamic_update_index_in_dim(dz_MCF, dz_CF, at, axis=0)
+        dw_DF = _ended_documents(sums, chunk, g_end_DF, (do_MCD, chunks.z_MCF, at))
+        g_DF, dw_DF = _in_order(sums.g_DF, dw_DF)
+        g_DF = chunk.keep_M * g_DF + _matmul("cd,cf->df", _weighted(do_CD, chunk.reads_MC), chunk.z_MCF)
+        return (_Sums(g_DF, dw_DF, chunk.keep_M * sums.kept), dz_MCF), tuple(gradients)
 
-    _, dz_read_MCF = jax.lax.scan(prefix, s_in_DF, (chunks, do_MCD))
-    g_last_DF = jnp.zeros_like(s_in_DF) if g_end_DF is None else g_end_DF
-    start = (_Carried(g_last_DF, dw_DF, jnp.float32(1.0)), dz_read_MCF)
-    inputs = (chunks, do_MCD, jnp.arange(do_MCD.shape[0]))
-    (sums, dz_MCF), (dv_MCD, dgate_M, deta_M) = jax.lax.scan(suffix, start, inputs, reverse=True)
-    # What is left in G came from reads of W0 + S; the gradient of the last state did not.
-    own_DF = sums.g_DF if g_end_DF is None else sums.g_DF - sums.kept * g_end_DF
-    return sums.dw_DF + own_DF, Gradients(dz_MCF, dv_MCD, dgate_M, jnp.sum(deta_M), sums.g_DF)
+    inputs = (chunks, do_MCD, _numbers(chunks))
+    (_, dz_MCF), _ = jax.lax.scan(prefix, (s_in_DF, jax.lax.empty(chunks.z_MCF.shape, dtype)), inputs)
+    sums = _Sums(empty_state(*w_DF.shape) if g_end_DF is None else g_end_DF, dw_DF, jnp.float32(1.0))
+    (sums, dz_MCF), (dv_MCD, dgate_M, deta_M) = jax.lax.scan(suffix, (sums, dz_MCF), inputs, reverse=True)
+    gradients = Gradients(dz_MCF, dv_MCD, dgate_M, jnp.sum(deta_M), sums.g_DF)
+    return sums.dw_DF + _from_reads(sums, g_end_DF), gradients
 
 
-class _Carried(NamedTuple):
+class _Sums(NamedTuple):
     """Of the suffix scan: G, the gradient of W0 as far as G does not hold it, and how much of ``g_end`` G holds."""
 
     g_DF: Array
@@ -226,21 +262,24 @@ class _Carried(NamedTuple):
     kept: Array
 
 
-def _read_gradient(sums: _Carried, chunk: Chunks, do_CD: Array, g_end_DF: Array | None) -> _Carried:
-    """Adds what the read of a chunk wants of ``W0 + S``: to G where S was read, else to the gradient of W0."""
+def _from_reads(sums: _Sums, g_end_DF: Array | None) -> Array:
+    """Returns what of G is the gradient of reads, of W0 as much as of S."""
+    return sums.g_DF if g_end_DF is None else sums.g_DF - sums.kept * g_end_DF
 
-    def all_read() -> tuple[Array, Array]:
-        return sums.g_DF + _matmul("cd,cf->df", do_CD, chunk.z_MCF), sums.dw_DF
+
+def _ended_documents(sums: _Sums, chunk: Chunks, g_end_DF: Array | None, rows: tuple[Array, Array, Array]) -> Array:
+    """Returns the gradient of W0 with what G will not hold any more: of documents whose readers end with this chunk,
+    and of tokens that did not read S at all.
+    """
 
     @jax.named_scope(MIXED_SCOPE)
-    def some_read() -> tuple[Array, Array]:
-        read_DF = _matmul("cd,cf->df", _weighted(do_CD, chunk.reads_MC), chunk.z_MCF)
-        rest_DF = _matmul("cd,cf->df", _weighted(do_CD, 1.0 - chunk.reads_MC), chunk.z_MCF)
-        own_DF = sums.g_DF if g_end_DF is None else sums.g_DF - sums.kept * g_end_DF
-        return chunk.keep_M * sums.g_DF + read_DF, sums.dw_DF + (1.0 - chunk.keep_M) * own_DF + rest_DF
+    def add(dw_DF: Array) -> Array:
+        do_MCD, z_MCF, at = rows
+        unread_CD = _weighted(_chunk_at(do_MCD, at), 1.0 - chunk.reads_MC)
+        dropped_DF = (1.0 - chunk.keep_M) * _from_reads(sums, g_end_DF)
+        return dw_DF + dropped_DF + _matmul("cd,cf->df", unread_CD, _chunk_at(z_MCF, at))
 
-    g_DF, dw_DF = jax.lax.cond(jnp.all(chunk.reads_MC > 0), all_read, some_read)
-    return _Carried(g_DF, dw_DF, chunk.keep_M * sums.kept)
+    return jax.lax.cond(jnp.all(chunk.reads_MC > 0), lambda dw_DF: dw_DF, add, sums.dw_DF)
 
 
 def _commit_gradient(transform: DeltaTransform, chunk: Chunks, eta: Array, g_DF: Array) -> tuple[Array, ...]:

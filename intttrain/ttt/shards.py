@@ -29,6 +29,7 @@ from intttrain.ttt.chunked import (
     Forward,
     Gradients,
     backward_scans,
+    empty_state,
     forward_scan,
     read_back,
     read_scale,
@@ -147,7 +148,7 @@ def _backward(options: Options, residuals: tuple[Any, ...], cotangents: Scanned)
         def run(dw_DF: Array, row: tuple[Any, ...]) -> tuple[Array, Gradients]:
             return backward_scans(options.transform, w_DF, eta, dw_DF, *row)
 
-        dw_DF, found = _each(run, jnp.zeros_like(w_DF), (s_in_RDF, rows, do_RMCD, g_end_BDF))
+        dw_DF, found = _each(run, empty_state(*w_DF.shape), (s_in_RDF, rows, do_RMCD, g_end_BDF))
         dw_dF = sum_over(sum_to_pieces(dw_DF.astype(options.gradient_dtype), *_WEIGHT, 0), "data")
         deta = sum_over(jnp.sum(found.deta), *RULES["batch"], AXIS)
         ds_BDF = found.ds_in_DF if ds_first_BDF is None else ds_first_BDF
@@ -170,7 +171,7 @@ def _as_rows(s_in_BDF: Array | None, tree: Any) -> tuple[Array, Any]:
     if s_in_BDF is not None:
         return s_in_BDF, tree
     chunks = tree if isinstance(tree, Chunks) else tree[0]
-    empty_DF = jnp.zeros((chunks.v_MCD.shape[-1], chunks.z_MCF.shape[-1]), jnp.float32)
+    empty_DF = empty_state(chunks.v_MCD.shape[-1], chunks.z_MCF.shape[-1])
     in_one = jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), tree)
     return constrain(empty_DF, None, "mlp")[None], in_one
 
