@@ -9,6 +9,7 @@ import pytest
 from jax.test_util import check_grads
 
 from intttrain import ttt
+from intttrain.ttt import chunked
 from tests.ttt.cases import (
     BY_NAME,
     CASES,
@@ -145,6 +146,29 @@ def test_bf16_inputs_round_neither_the_products_nor_the_running_sum(implementati
         state=ttt.init_state(1, 1, 1), implementation=implementation,
     )  # fmt: skip
     assert float(output.state.s_BDF[0, 0, 0]) == first**2 + 12 * later
+
+
+def test_a_state_below_the_last_bit_of_w0_is_read():
+    """S is 1/1,000 of W0: bf16 cannot add it to most entries, but the sums over many entries move by S z."""
+    rng = np.random.default_rng(0)
+    w_DF, z_CF = rng.standard_normal((64, 2048)), rng.standard_normal((128, 2048))
+    s_DF = rng.standard_normal((64, 4)) @ rng.standard_normal((4, 2048))
+    s_DF *= 1e-3 * np.linalg.norm(w_DF) / np.linalg.norm(s_DF)
+    signal_CD = z_CF @ s_DF.T
+
+    def moved(w_rounded_DF):
+        """By how much of S z the product with the rounded sum moves."""
+        read_C, z_bf16 = jnp.ones(128), jnp.asarray(z_CF, jnp.bfloat16)
+        chunk = chunked.Chunks(z_bf16, z_bf16, read_C, read_C, jnp.float32(1), jnp.float32(1))
+        sum_DF, alone_DF = (
+            np.asarray(chunked._read_matrix(jnp.asarray(w_rounded_DF, jnp.float32), jnp.asarray(s, jnp.float32), chunk))
+            for s in (s_DF, 0.0 * s_DF)
+        )
+        difference_CD = z_CF @ (sum_DF.astype(np.float64) - alone_DF).T
+        return np.sum(difference_CD * signal_CD) / np.sum(signal_CD**2)
+
+    assert abs(moved(w_DF) - 1) < 0.1
+    assert moved(jnp.asarray(w_DF, jnp.bfloat16)) < 0.8, "the measurement sees a W0 that was rounded before the sum"
 
 
 @pytest.mark.parametrize("transform", ["one_document", "row_norm_and_clip", "clip_and_spectral"])
