@@ -68,12 +68,12 @@ def test_no_fault_passes():
 
 def test_an_inclusive_scan_is_caught(monkeypatch):
     """Update, then apply: the chunk reads what it has just written."""
-    read = chunked.read
+    matrix = chunked._read_matrix
 
-    def read_after_writing(w, s, chunk):
-        return read(w, s + chunked._raw_delta(chunk, jnp.asarray(0.3)), chunk)
+    def after_writing(w, s, chunk):
+        return matrix(w, s + chunked._raw_delta(chunk, jnp.asarray(0.3)), chunk)
 
-    monkeypatch.setattr(chunked, "read", read_after_writing)
+    monkeypatch.setattr(chunked, "_read_matrix", after_writing)
     with pytest.raises(AssertionError, match="error"):
         compare_values(BY_NAME["one_document"])
 
@@ -121,13 +121,12 @@ def test_a_transposed_target_projection_is_caught(monkeypatch):
 
 def test_a_backward_pass_without_its_suffix_scan_is_caught(monkeypatch):
     """Dropping what later chunks say about S leaves values right and gradients wrong."""
-    add = chunked._read_gradient
 
-    def forgetful(sums, *chunk):
-        found = add(sums, *chunk)
-        return found._replace(g_DF=found.g_DF - sums.g_DF)
+    def forgetful(carried, other):
+        is_suffix = other.ndim == 2  # the gradient of W0; of the prefix scan it is that of z
+        return (0.0 * carried if is_suffix else carried), other
 
-    monkeypatch.setattr(chunked, "_read_gradient", forgetful)
+    monkeypatch.setattr(chunked, "_in_order", forgetful)
     case = dataclasses.replace(BY_NAME["state_in"], rows=((16,), (16,), (16,)))
     compare_values(case)
     gradients, _ = run(case)
@@ -138,8 +137,7 @@ def test_a_backward_pass_without_its_suffix_scan_is_caught(monkeypatch):
 
 def test_a_gradient_of_w0_without_the_documents_that_ended_is_caught(monkeypatch):
     """Where the state is dropped, what its readers wanted of W0 must not be dropped with it."""
-    add = chunked._read_gradient
-    monkeypatch.setattr(chunked, "_read_gradient", lambda sums, *chunk: add(sums, *chunk)._replace(dw_DF=sums.dw_DF))
+    monkeypatch.setattr(chunked, "_ended_documents", lambda sums, *chunk: sums.dw_DF)
     compare_values(CASE)
     gradients, _ = run(CASE)
     with pytest.raises(AssertionError, match="error"):
