@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -15,11 +16,12 @@ from tests.app.test_processes import REPO, arrays, losses
 SEQ_LEN = 131072
 CONFIG_NAME = "long.py"
 FLAGS = (
-    "--config.prepare.heldout_fraction=0.1", f"--config.data.seq_len={SEQ_LEN}", "--config.model.sliding_window=64",
+    "--config.prepare.heldout_fraction=0.5", f"--config.data.seq_len={SEQ_LEN}", "--config.model.sliding_window=64",
     "--config.model.ttt.chunk_tokens=1024", "--config.model.ttt.eta=0.01", "--config.model.remat=full",
     "--config.train.batch_rows=1", "--config.train.num_steps=4", "--config.train.schedule.warmup_steps=0",
     "--config.train.checkpoint.every_steps=2", "--config.train.log_every_steps=1", "--config.mesh.fsdp=1",
-    "--config.eval.seq_len=2048", "--config.eval.min_document_tokens=2048", "--config.eval.position_edges=(1024,2048)",
+    f"--config.eval.seq_len={SEQ_LEN}", f"--config.eval.min_document_tokens={SEQ_LEN}", "--config.eval.batch_rows=1",
+    f"--config.eval.position_edges=(1024,8192,{SEQ_LEN})", "--config.eval.documents=1",
 )  # fmt: skip
 
 
@@ -40,7 +42,7 @@ def intttrain(root: Path, command: str, *flags: str, devices: int = 8) -> str:
 def test_a_row_of_128k_tokens_over_eight_devices_trains_stops_and_goes_on(tmp_path: Path) -> None:
     corpus = tmp_path / "corpus"
     corpus.mkdir()
-    for document in range(3):  # each longer than a row, so that rows are of one document
+    for document in range(4):  # each longer than a row, so that rows are of one document
         words = np.random.default_rng(document).choice(["one ", "two ", "three ", "seven\n"], 40_000)
         (corpus / f"{document}.txt").write_text("".join(words))
     text = CONFIG_TEXT.format(root=str(tmp_path), num_steps=NUM_STEPS, batch_rows=BATCH_ROWS)
@@ -56,3 +58,15 @@ def test_a_row_of_128k_tokens_over_eight_devices_trains_stops_and_goes_on(tmp_pa
     intttrain(tmp_path, "train", f"--workdir={whole}", "--stop_at_step=2", devices=1)
     for step in (1, 2):
         np.testing.assert_allclose(losses(straight)[step], losses(whole)[step], rtol=2e-5)
+
+    files = {devices: tmp_path / f"{devices}.json" for devices in (1, 8)}
+    for devices, file in files.items():
+        mesh = f"--config.mesh.context={devices}"
+        intttrain(tmp_path, "eval", f"--workdir={straight}", f"--json={file}", mesh, devices=devices)
+    one, eight = (json.loads(file.read_text()) for file in files.values())
+    assert [bucket["end"] for bucket in one["buckets"]] == [1024, 8192, SEQ_LEN]
+    for alone, cut in zip(one["buckets"], eight["buckets"], strict=True):
+        assert alone["tokens"] == cut["tokens"] == alone["end"] - alone["begin"]
+        for condition in ("on", "off"):
+            wanted = alone["levels"][condition]["value"]
+            np.testing.assert_allclose(cut["levels"][condition]["value"], wanted, rtol=1e-5)
