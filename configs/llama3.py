@@ -12,10 +12,10 @@ lies on a sixteenth of the devices. The model reaches 128k with its own RoPE sca
 
 Predicted, "-" where there is no plan yet; "A / B" is with TTT / dense:
 
-    | variant      | topology    | mesh                 | rows x tokens | peak GiB    | step s      |
-    |--------------|-------------|----------------------|---------------|-------------|-------------|
-    | 8b_32k       | v5p:4x4x4   | fsdp 64              | 64 x 32768    | 43.1 / -    | 8.61 / -    |
-    | 8b_128k      | v5p:4x4x4   | fsdp 16 x context 4  | 16 x 131072   | 43.0 / -    | 18.78 / -   |
+    | variant      | topology    | mesh                 | rows x tokens | peak GiB    | step s         |
+    |--------------|-------------|----------------------|---------------|-------------|----------------|
+    | 8b_32k       | v5p:4x4x4   | fsdp 64              | 64 x 32768    | 43.1 / -    | 8.61 * / -     |
+    | 8b_128k      | v5p:4x4x4   | fsdp 16 x context 4  | 16 x 131072   | 43.0 / -    | 18.78 * / -    |
 
 Other topologies and lengths: `docs/configs.md`.
 """

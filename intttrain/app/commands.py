@@ -17,7 +17,9 @@ from intttrain.core.config import Config, as_dict, check_consistent, flatten, re
 from intttrain.core.distributed import process_index, start_distributed
 from intttrain.core.errors import UserError
 from intttrain.core.files import write_json
+from intttrain.core.mesh import make_mesh
 from intttrain.core.progress import human_count
+from intttrain.core.sharding import check_evaluation
 from intttrain.data import TokenStore, document_rows, prepare
 from intttrain.evals import evaluate_run
 from intttrain.interop import export_model
@@ -138,15 +140,18 @@ def plan_step(values: flags.FlagValues) -> int:
 def evaluate_model(values: flags.FlagValues) -> int:
     """Evaluates a checkpoint by position and writes WORKDIR/eval/STEP/positions.{json,png}."""
     config, workdir = resolve(values.config), Path(values.workdir)
-    trained = load_trained(workdir, values.step)
+    start_distributed()
+    mesh = make_mesh(config.mesh)
+    trained = load_trained(workdir, values.step, mesh=mesh)
     if trained.config.model != config.model:
         report("note: the model is the one in --workdir; model.* of --config is not used")
     own = trained.config
     config = dataclasses.replace(config, name=own.name, model=own.model, prepare=own.prepare)
     check_consistent(config)
+    check_evaluation(config, mesh)
     dense = None
     if values.dense_workdir is not None:
-        dense = _load_twin(trained, Path(values.dense_workdir))
+        dense = _load_twin(trained, Path(values.dense_workdir), mesh)
     if config.data.heldout is None:
         raise UserError("data.heldout is not set; name the held-out token store to evaluate on")
     heldout = TokenStore.open(config.data.heldout)
@@ -159,8 +164,11 @@ def evaluate_model(values: flags.FlagValues) -> int:
     if store is not None:
         store.check_tokenizer(trained.tokenizer.fingerprint)
     result = evaluate_run(
-        config, trained.params, dense=dense, heldout_rows=rows.rows, train_store=store, report=report,
+        config, trained.params, dense=dense, heldout_rows=rows.rows, train_store=store, mesh=mesh,
+        report=report if process_index() == 0 else lambda line: None,
     )  # fmt: skip
+    if process_index() != 0:
+        return 0
     print(result.table())
     folder = _free_folder(workdir / "eval" / str(trained.step))
     content = {"step": trained.step, **result.to_json()}
@@ -179,9 +187,9 @@ def _free_folder(wanted: Path) -> Path:
     return folder
 
 
-def _load_twin(trained: Trained, workdir: Path) -> tuple[Any, Any]:
+def _load_twin(trained: Trained, workdir: Path, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
     """Returns model section and parameters of the dense run after checking that a comparison makes sense."""
-    twin = load_trained(workdir, None, flag="--dense_workdir")
+    twin = load_trained(workdir, None, flag="--dense_workdir", mesh=mesh)
     if twin.config.model.ttt is not None:
         raise UserError(f"--dense_workdir={workdir} was trained with TTT; name a run with model.ttt=None")
     if twin.tokenizer.fingerprint != trained.tokenizer.fingerprint:

@@ -22,8 +22,9 @@ import jax
 from intttrain.core.config import Config, as_dict, flatten, resolve, unflatten
 from intttrain.core.errors import UserError
 from intttrain.core.files import write_json
+from intttrain.core.sharding import named_shardings
 from intttrain.data import Tokenizer, make_tokenizer, mixture_fingerprint, open_stores
-from intttrain.model import Params, abstract_params
+from intttrain.model import Params, abstract_params, logical_axes
 from intttrain.train import CheckpointInfo, Checkpoints, check_compatible
 
 CONFIG_FILE = "config.json"
@@ -95,12 +96,15 @@ class Trained:
     tokenizer: Tokenizer
 
 
-def load_trained(workdir: Path, step: int | None, *, flag: str = "--workdir") -> Trained:
+def load_trained(
+    workdir: Path, step: int | None, *, flag: str = "--workdir", mesh: jax.sharding.Mesh | None = None
+) -> Trained:
     """Returns configuration, parameters and tokenizer of a run's checkpoint (default: the newest).
 
     Args:
       workdir, step: which checkpoint.
       flag: that named ``workdir``, for messages.
+      mesh: over whose devices the parameters are cut; without one they lie on one device.
 
     Raises:
       UserError: no run, no such step, a damaged checkpoint, or the tokenizer file changed or went away.
@@ -113,7 +117,7 @@ def load_trained(workdir: Path, step: int | None, *, flag: str = "--workdir") ->
         step = checkpoints.latest_step() if step is None else step
         if step is None:
             raise UserError(f"{workdir / 'checkpoints'} holds no checkpoint yet; train first")
-        params = checkpoints.restore_params(step, abstract_params(config.model))
+        params = checkpoints.restore_params(step, _placed_params(config, mesh))
     tokenizer = make_tokenizer(config.prepare.tokenizer)
     if tokenizer.fingerprint != identity.tokenizer["fingerprint"]:
         raise UserError(
@@ -121,6 +125,16 @@ def load_trained(workdir: Path, step: int | None, *, flag: str = "--workdir") ->
             f"with ({tokenizer.fingerprint[:12]} instead of {identity.tokenizer['fingerprint'][:12]}); restore the file"
         )
     return Trained(config, params, step, tokenizer)
+
+
+def _placed_params(config: Config, mesh: jax.sharding.Mesh | None) -> Params:
+    """Returns shapes and dtypes of the parameters, with shardings where there is a mesh."""
+    params = abstract_params(config.model)
+    if mesh is None:
+        return params
+    shardings = named_shardings(mesh, logical_axes(config.model), params)
+    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
+    return jax.tree.map(place, params, shardings)
 
 
 def parameter_counts(config: Config) -> dict[str, int]:

@@ -179,16 +179,33 @@ def check_batch(config: Config, mesh: Mesh) -> None:
             f"rows, which data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} = {pieces} does not divide; use "
             f"train.batch_rows={' or '.join(str(choice * config.train.microbatches) for choice in choices)}"
         )
-    tokens, pieces = config.data.seq_len, mesh.shape["context"]
+    _check_tokens("data.seq_len", config.data.seq_len, config, mesh)
+
+
+def check_evaluation(config: Config, mesh: Mesh) -> None:
+    """Checks the same of the rows of an evaluation. Raises ``UserError``."""
+    rows, pieces = config.eval.batch_rows, pieces_of(mesh, "batch")
+    if rows % pieces:
+        choices = sorted({max(1, rows // pieces) * pieces, -(-rows // pieces) * pieces})
+        raise UserError(
+            f"data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} = {pieces} does not divide the rows of "
+            f"eval.batch_rows={rows}; use eval.batch_rows={' or '.join(map(str, choices))}, or other axes of the mesh"
+        )
+    _check_tokens("eval.seq_len", config.eval.seq_len, config, mesh)
+
+
+def _check_tokens(name: str, tokens: int, config: Config, mesh: Mesh) -> None:
+    """Checks that rows of ``tokens`` can be cut into whole chunks along ``context``."""
+    pieces = mesh.shape["context"]
     if tokens % pieces:
         raise UserError(
-            f"data.seq_len={tokens} cannot be cut into mesh.context={pieces} pieces; "
+            f"{name}={tokens} cannot be cut into mesh.context={pieces} pieces; "
             f"use mesh.context={' or '.join(map(str, nearest_divisors(tokens, pieces)))}"
         )
     chunk_tokens = 1 if config.model.ttt is None else config.model.ttt.chunk_tokens
     if (tokens // pieces) % chunk_tokens:
         raise UserError(
-            f"data.seq_len={tokens} over mesh.context={pieces} gives {tokens // pieces} tokens a device, not a whole "
+            f"{name}={tokens} over mesh.context={pieces} gives {tokens // pieces} tokens a device, not a whole "
             f"number of chunks of model.ttt.chunk_tokens={chunk_tokens}; "
             f"use mesh.context={' or '.join(map(str, nearest_divisors(tokens // chunk_tokens, pieces)))}"
         )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import jax
+
 from intttrain.core.config import Config, ModelConfig
 from intttrain.core.errors import UserError
 from intttrain.core.progress import Progress, human_count
@@ -24,6 +26,7 @@ def evaluate_run(
     heldout_rows: Sequence[Batch],
     train_store: TokenStore | None,
     report: Report,
+    mesh: jax.sharding.Mesh | None = None,
     ngram_max_tokens: int = DEFAULT_MAX_TOKENS,
 ) -> PositionReport:
     """Scores the held-out documents with the update on and off, with a dense model and with n-grams.
@@ -37,6 +40,7 @@ def evaluate_run(
       heldout_rows: one document each, from ``data.document_rows``.
       train_store: text to count n-grams in; ``None`` leaves the baselines out.
       report: receives progress lines.
+      mesh: over whose devices rows and tokens are cut.
       ngram_max_tokens: tokens of the training store to count.
 
     Raises:
@@ -49,7 +53,7 @@ def evaluate_run(
     for name, (model_config, model_params, eta) in conditions.items():
         progress = Progress(f"{name} documents", total=len(heldout_rows), stream=_Lines(report))
         losses[name] = evaluate_positions(
-            model_config, model_params, heldout_rows, config.eval, eta=eta, on_rows=progress.advance
+            model_config, model_params, heldout_rows, config.eval, eta=eta, mesh=mesh, on_rows=progress.advance
         )
         report(progress.line())
     if train_store is not None:

@@ -9,16 +9,20 @@ M = T / C chunks, n TTT layers.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from intttrain.core.config import EvalConfig, ModelConfig
 from intttrain.core.errors import UserError
+from intttrain.core.sharding import constrain, partition_spec, using_mesh
 from intttrain.data import Batch, blank_row, stack_rows
 from intttrain.model import Params, TTTStats, bind, token_nll
 
@@ -52,6 +56,7 @@ def evaluate_positions(
     eval_config: EvalConfig,
     *,
     eta: float | None = None,
+    mesh: jax.sharding.Mesh | None = None,
     on_rows: Callable[[int], None] | None = None,
 ) -> PositionLosses:
     """Returns the loss of every document by position.
@@ -64,6 +69,7 @@ def evaluate_positions(
       rows: one document each, arrays [T] from ``data.document_rows``, with T = ``eval_config.seq_len``.
       eval_config: ``position_edges`` and ``batch_rows`` are used.
       eta: size of an update in place of ``model_config.ttt.eta``; 0 switches the update off. ``None`` for dense.
+      mesh: cuts rows over ``data`` and ``fsdp`` and their tokens over ``context``; every process gets all results.
       on_rows: called with the number of documents finished since the call before.
 
     Raises:
@@ -80,7 +86,7 @@ def evaluate_positions(
         # Blank rows keep the shape, hence the compiled program; they are cut off again below.
         blanks = [blank_row(eval_config.seq_len, 0)] * (eval_config.batch_rows - len(chosen))
         batch = stack_rows([*chosen, *blanks])
-        nll_BT, norm_BM = jax.device_get(_score(model_config, params, batch, traced_eta))
+        nll_BT, norm_BM = jax.device_get(_score(model_config, mesh, params, _placed(batch, mesh), traced_eta))
         real = stack_rows(chosen)
         norms = None if norm_BM is None else norm_BM[: len(chosen)]
         parts.append(sum_by_position(nll_BT[: len(chosen)], real, eval_config.position_edges, norms))
@@ -129,15 +135,26 @@ def join_documents(parts: Sequence[PositionLosses]) -> PositionLosses:
     )
 
 
-@functools.partial(jax.jit, static_argnames=("model_config",))
+def _placed(batch: Batch, mesh: jax.sharding.Mesh | None) -> Batch:
+    """Returns the batch, which every process has whole, in pieces on the devices of the mesh."""
+    if mesh is None:
+        return batch
+    rows = NamedSharding(mesh, partition_spec(("batch", "tokens")))
+    place = lambda x: jax.make_array_from_callback(x.shape, rows, lambda index: x[index])  # noqa: E731
+    return cast(Batch, jax.tree.map(place, batch))
+
+
+@functools.partial(jax.jit, static_argnames=("model_config", "mesh"))
 def _score(
-    model_config: ModelConfig, params: Params, batch: Batch, eta: jax.Array
+    model_config: ModelConfig, mesh: jax.sharding.Mesh | None, params: Params, batch: Batch, eta: jax.Array
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Returns the loss of every token and the largest relative state norm that each chunk reads."""
-    decoder = bind(model_config, params)
-    output = decoder(batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, eta=eta)
-    nll_BT = token_nll(output.hidden_BTD, decoder.output_weight(), batch.labels_BT, model_config.loss_chunk_tokens)
-    return nll_BT, None if output.ttt is None else _read_norm(output.ttt)
+    """Returns the loss of every token and the largest relative state norm that each chunk reads, on all devices."""
+    with contextlib.nullcontext() if mesh is None else using_mesh(mesh):
+        decoder = bind(model_config, params)
+        output = decoder(batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, eta=eta)
+        nll_BT = token_nll(output.hidden_BTD, decoder.output_weight(), batch.labels_BT, model_config.loss_chunk_tokens)
+        norm_BM = None if output.ttt is None else constrain(_read_norm(output.ttt), None, None)
+        return constrain(nll_BT, None, None), norm_BM
 
 
 def _read_norm(stats: TTTStats) -> jax.Array:

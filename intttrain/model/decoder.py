@@ -21,7 +21,8 @@ from intttrain.core.sharding import constrain
 from intttrain.model.attention import Attention, attend
 from intttrain.model.layers import MLP, Embedding, RMSNorm, TTTParams
 from intttrain.model.rope import rope_tables
-from intttrain.model.stages import plan_stages, scan_layers
+from intttrain.model.stages import plan_stages
+from intttrain.model.train_layers import apply_layers, train_layers
 
 
 class TTTStats(NamedTuple):
@@ -103,14 +104,15 @@ class Decoder(nnx.Module):
             eta = config.ttt.eta if config.ttt is not None else 0.0
         eta = jnp.asarray(eta, jnp.float32)
         merge_layer, layer_params, merge_ttt, ttt_params = self.split_layers()
-        context = (x_BTD, rope, segment_ids_BT, eta)
+        shared = (x_BTD, rope, segment_ids_BT, eta)
 
-        def block(x_BTD: jax.Array, layer_params: Any, ttt_params: Any | None) -> tuple[jax.Array, None, Any]:
+        def block(x_BTD: jax.Array, shared: Any, layer_params: Any, ttt_params: Any | None) -> tuple[jax.Array, Any]:
             ttt_layer = None if ttt_params is None else merge_ttt(ttt_params)
-            return _apply_layer(config, merge_layer(layer_params), ttt_layer, x_BTD, context)
+            return _apply_layer(config, merge_layer(layer_params), ttt_layer, x_BTD, shared)
 
         stages = plan_stages(config.num_layers, config.ttt.layers if config.ttt else ())
-        x_BTD, _, stats = scan_layers(stages, _remat(block, config.remat), x_BTD, layer_params, ttt_params)
+        run = apply_layers if config.remat == "offload" else train_layers
+        x_BTD, stats = run(stages, _remat(block, config.remat), x_BTD, shared, layer_params, ttt_params)
         return DecoderOutput(self.final_norm(x_BTD), stats)
 
     def split_layers(self) -> tuple[Callable[[Any], DecoderLayer], Any, Callable[[Any], TTTParams], Any]:
@@ -135,7 +137,7 @@ def delta_transform(config: TTTConfig) -> ttt.DeltaTransform:
 
 def _apply_layer(
     config: ModelConfig, layer: DecoderLayer, ttt_layer: TTTParams | None, x_BTD: jax.Array, context: tuple[Any, ...]
-) -> tuple[jax.Array, None, TTTStats | None]:
+) -> tuple[jax.Array, TTTStats | None]:
     x0_BTD, rope, segment_ids_BT, eta = context
     x_BTD = checkpoint_name(constrain(x_BTD, "batch", "tokens", "width"), "layer_input")
     with jax.named_scope("attention"):
@@ -146,14 +148,14 @@ def _apply_layer(
         h_BTD = layer.mlp_norm(x_BTD)
         z_BTF = layer.mlp.activate(h_BTD)
         if ttt_layer is None or config.ttt is None:
-            return x_BTD + layer.mlp.project(z_BTF).astype(x_BTD.dtype), None, None
+            return x_BTD + layer.mlp.project(z_BTF).astype(x_BTD.dtype), None
         v_BTD = ttt_layer.values(x0_BTD if config.ttt.target == "input_embed" else h_BTD, segment_ids_BT)
-        base_BTD = None if config.ttt.implementation == "reference" else layer.mlp.project(z_BTF)
         fast = ttt.fast_weight_projection(
             z_BTF, v_BTD, layer.mlp.down[...], segment_ids_BT, chunk_tokens=config.ttt.chunk_tokens, eta=eta,
-            base_BTD=base_BTD, transform=delta_transform(config.ttt), implementation=config.ttt.implementation,
+            gradient_dtype=config.weight_gradient_dtype, transform=delta_transform(config.ttt),
+            implementation=config.ttt.implementation,
         )  # fmt: skip
-    return x_BTD + fast.o_BTD, None, TTTStats(fast.delta_norm_BM, fast.state_norm_BM)
+    return x_BTD + fast.o_BTD, TTTStats(fast.delta_norm_BM, fast.state_norm_BM)
 
 
 # What a layer keeps for the backward pass beside its input; the rest is computed again. Per token and layer, in the

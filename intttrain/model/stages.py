@@ -91,16 +91,16 @@ def scan_layers(
     for stage in stages:
         layers, ttts = stage.repeats * stage.layers, stage.repeats * stage.ttt_layers
         inputs = (
-            _fold(_cut(layer_inputs, layer_at, layers), stage.repeats),
-            _fold(_cut(ttt_inputs, ttt_at, ttts), stage.repeats),
+            fold(cut(layer_inputs, layer_at, layers), stage.repeats),
+            fold(cut(ttt_inputs, ttt_at, ttts), stage.repeats),
         )
         body = _group_body(stage.runs, block)
-        carry, (layer_out, ttt_out) = _scan(body, carry, inputs, stage.repeats)
-        layer_parts.append(_unfold(layer_out))
+        carry, (layer_out, ttt_out) = scan(body, carry, inputs, stage.repeats)
+        layer_parts.append(unfold(layer_out))
         if ttts:
-            ttt_parts.append(_unfold(ttt_out))
+            ttt_parts.append(unfold(ttt_out))
         layer_at, ttt_at = layer_at + layers, ttt_at + ttts
-    return carry, _join(layer_parts), _join(ttt_parts)
+    return carry, join(layer_parts), join(ttt_parts)
 
 
 def _group_body(runs: tuple[Run, ...], block: Block) -> Callable[[Tree, Tree], tuple[Tree, Tree]]:
@@ -115,39 +115,44 @@ def _group_body(runs: tuple[Run, ...], block: Block) -> Callable[[Tree, Tree], t
         layer_parts, ttt_parts = [], []
         layer_at, ttt_at = 0, 0
         for run in runs:
-            layers = _cut(group_layers, layer_at, run.length)
-            ttts = _cut(group_ttts, ttt_at, run.length) if run.has_ttt else None
-            carry, (layer_out, ttt_out) = _scan(step, carry, (layers, ttts), run.length)
+            layers = cut(group_layers, layer_at, run.length)
+            ttts = cut(group_ttts, ttt_at, run.length) if run.has_ttt else None
+            carry, (layer_out, ttt_out) = scan(step, carry, (layers, ttts), run.length)
             layer_parts.append(layer_out)
             if run.has_ttt:
                 ttt_parts.append(ttt_out)
             layer_at, ttt_at = layer_at + run.length, ttt_at + run.length * run.has_ttt
-        return carry, (_join(layer_parts), _join(ttt_parts))
+        return carry, (join(layer_parts), join(ttt_parts))
 
     return body
 
 
-def _scan(body: Callable[[Tree, Tree], tuple[Tree, Tree]], carry: Tree, inputs: Tree, length: int) -> tuple[Tree, Tree]:
+def scan(
+    body: Callable[[Tree, Tree], tuple[Tree, Tree]], carry: Tree, inputs: Tree, length: int, *, reverse: bool = False
+) -> tuple[Tree, Tree]:
     """``lax.scan`` that does not wrap a loop around a single iteration."""
     if length > 1:
-        return jax.lax.scan(body, carry, inputs, length=length)
+        return jax.lax.scan(body, carry, inputs, length=length, reverse=reverse)
     carry, output = body(carry, jax.tree.map(lambda x: x[0], inputs))
     return carry, jax.tree.map(lambda x: x[None], output)
 
 
-def _cut(tree: Tree, start: int, count: int) -> Tree:
+def cut(tree: Tree, start: int, count: int) -> Tree:
+    """Returns ``count`` entries of the leading axis."""
     return jax.tree.map(lambda x: jax.lax.slice_in_dim(x, start, start + count), tree)
 
 
-def _fold(tree: Tree, repeats: int) -> Tree:
+def fold(tree: Tree, repeats: int) -> Tree:
+    """Splits the leading axis in two, ``repeats`` first."""
     return jax.tree.map(lambda x: x.reshape(repeats, x.shape[0] // repeats, *x.shape[1:]), tree)
 
 
-def _unfold(tree: Tree) -> Tree:
+def unfold(tree: Tree) -> Tree:
+    """Merges the two leading axes."""
     return jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), tree)
 
 
-def _join(parts: list[Tree]) -> Tree:
+def join(parts: list[Tree]) -> Tree:
     """Concatenates along the leading axis; no parts give ``None``."""
     if not parts:
         return None

@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 
 from intttrain.planner.hlo import Computation, Instruction, Module
+from intttrain.ttt import MIXED_SCOPE as RARE_SCOPE
 
 MAX_TRIPS = 200_000  # a longer loop is reported as unresolved: each trip is followed, at some 10 microseconds
 
@@ -70,7 +71,7 @@ class ExecutionCounts:
         to elements counts once per execution of that instruction.
       loops: every loop that is reached.
       unresolved: names of the loops whose trips are unknown; they are counted as one trip.
-      conditionals: names of the conditionals; of each, the most expensive branch alone is counted, see
+      conditionals: names of the conditionals; of each, the most expensive usual branch alone is counted, see
         ``execution_counts``.
     """
 
@@ -289,13 +290,23 @@ def _weights(order: list[Computation], trips: Mapping[str, int | None]) -> dict[
     return weights
 
 
-def _shares(instruction: Instruction, trips: int | None, weights: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+def _rare(module: Module) -> frozenset[str]:
+    """Returns the computations with an instruction in ``RARE_SCOPE``."""
+    return frozenset(
+        name for name, c in module.computations.items() if any(RARE_SCOPE in i.op_name for i in c.instructions)
+    )
+
+
+def _shares(
+    instruction: Instruction, trips: int | None, weights: Mapping[str, tuple[int, int]], rare: frozenset[str]
+) -> dict[str, int]:
     """How often one execution of ``instruction`` runs each computation that it calls."""
     if instruction.opcode == "while":
         once = 1 if trips is None else trips
         return {instruction.callee("body"): once, instruction.callee("condition"): once + 1}
     if instruction.opcode == "conditional":
-        return {max(instruction.called, key=lambda name: weights[name]): 1}
+        usual = [name for name in instruction.called if name not in rare] or list(instruction.called)
+        return {max(usual, key=lambda name: weights[name]): 1}
     if instruction.opcode.endswith(("-done", "-update")):  # the start has run it
         return {}
     return dict.fromkeys(instruction.called, 1)
@@ -306,20 +317,21 @@ def execution_counts(module: Module) -> ExecutionCounts:
 
     A loop's body runs trips times and its condition once more. Of a conditional one branch is counted, the one with
     the larger sum of estimated cycles (or, without estimates, of bytes written): a step is priced at its worst case,
-    not at the sum of alternatives. The completion of an asynchronous operation runs nothing again.
+    not at the sum of alternatives. A branch in ``RARE_SCOPE`` is counted only if all are. The completion of an
+    asynchronous operation runs nothing again.
     """
     scalars = _Scalars(module)
     order = _callers_first(module)
     whiles = [i for c in order for i in c.instructions if i.opcode == "while"]
     trips = {loop.name: trip_count(module, loop, scalars) for loop in whiles}
-    weights = _weights(order, trips)
+    weights, rare = _weights(order, trips), _rare(module)
     counts = dict.fromkeys(module.computations, 0)
     counts[module.entry_name] = 1
     loops, conditionals = [], []
     for computation in order:
         runs = counts[computation.name]
         for instruction in computation.instructions if runs else ():
-            for name, times in _shares(instruction, trips.get(instruction.name), weights).items():
+            for name, times in _shares(instruction, trips.get(instruction.name), weights, rare).items():
                 counts[name] += runs * times
             if instruction.opcode == "while":
                 loops.append(

@@ -5,7 +5,9 @@
     python -m intttrain.planner.record --check paper:500m     # compile again and compare with the record
 
 Every file of configs/ with a mapping ``TOPOLOGIES`` (variant -> topology names) takes part. A record carries a digest
-of the settings that shape the compiled step, so a changed configuration is seen without compiling anything.
+of the settings that shape the compiled step, so a changed configuration is seen without compiling anything. A change
+of the program itself is not: whoever makes one that moves plans raises ``PROGRAM``, and older records are shown with a
+star until they are compiled again.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ from intttrain.core.hardware import GIB
 REPO = Path(__file__).resolve().parents[2]
 RECORDS, PAGE = REPO / "docs" / "plans.json", REPO / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- plans: begin (python -m intttrain.planner.record) -->", "<!-- plans: end -->"
+
+PROGRAM = 2  # 2: one product with W0 + S (docs/decisions/0007), one buffer per run of layers (0008)
 
 _SHAPING = ("model.", "mesh.", "data.seq_len", "train.batch_rows", "train.microbatches", "train.optimizer.")
 
@@ -77,6 +81,7 @@ def to_record(plan: Mapping[str, Any], digest: str) -> dict[str, Any]:
     verdict, prediction = plan["verdict"], plan["prediction"]
     record = {
         "digest": digest,
+        "program": PROGRAM,
         "versions": plan["versions"],
         "mesh": plan["mesh"],
         "tokens_per_step": plan["tokens_per_step"],
@@ -105,7 +110,7 @@ def to_table(records: Mapping[str, Mapping[str, Any]]) -> str:
     for name, r in records.items():
         time = ["-", "-", "-"]
         if "step_seconds" in r:
-            time = [f"{r['step_seconds']:.2f}", f"{r['mfu']:.3f}", f"{r['tokens_per_second_per_chip']:,}"]
+            time = [f"{r['step_seconds']:.2f}{_star(r)}", f"{r['mfu']:.3f}", f"{r['tokens_per_second_per_chip']:,}"]
         cells = [
             f"`{name}`", r["mesh"], f"{r['tokens_per_step']:,}", f"{r['remat']}, {r['microbatches']}",
             f"{r['peak_gib']:.2f}", f"{r['spare_gib']:.2f}", *time,
@@ -113,6 +118,11 @@ def to_table(records: Mapping[str, Mapping[str, Any]]) -> str:
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _star(record: Mapping[str, Any]) -> str:
+    """Returns the mark of a plan of an older program."""
+    return "" if record.get("program", PROGRAM) == PROGRAM else " *"
 
 
 def write_page(records: Mapping[str, Mapping[str, Any]], page: Path = PAGE) -> None:
@@ -150,7 +160,7 @@ def fill_table(text: str, file: str, records: Mapping[str, Mapping[str, Any]]) -
         else:
             twins = [records.get(f"{file}:{one} {topology}", {}) for one in (variant, f"{variant}_dense")]
             peak = " / ".join(f"{r['peak_gib']:.1f}" if r else "-" for r in twins)
-            step = " / ".join(f"{r['step_seconds']:.2f}" if "step_seconds" in r else "-" for r in twins)
+            step = " / ".join(f"{r['step_seconds']:.2f}{_star(r)}" if "step_seconds" in r else "-" for r in twins)
             cells[5:7] = f" {peak:{widths[0]}} ", f" {step:{widths[1]}} "
         lines.append("|".join(cells))
     return "\n".join(lines) + "\n"
@@ -180,7 +190,7 @@ def differences(record: Mapping[str, Any], again: Mapping[str, Any]) -> list[str
     found = []
     for key, old in record.items():
         new = again.get(key)
-        if key in ("versions", "spare_gib"):
+        if key in ("versions", "spare_gib", "program"):
             continue
         if isinstance(old, str) or isinstance(new, str | None):
             agrees = old == new
@@ -218,7 +228,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found = check(chosen)
         raise SystemExit("\n".join(found) if found else 0)
     for item in chosen:
-        if load_records().get(item.name, {}).get("digest") != item.digest():
+        kept = load_records().get(item.name, {})
+        if (kept.get("digest"), kept.get("program")) != (item.digest(), PROGRAM):
             record = to_record(compile_plan(item), item.digest())
             # Minutes later: another process may have added its own.
             write_records(load_records() | {item.name: record}, everything)

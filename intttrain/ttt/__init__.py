@@ -9,6 +9,7 @@ W conv taps.
 """
 
 from intttrain.ttt.api import FastWeightOutput, fast_weight_projection, project
+from intttrain.ttt.chunked import MIXED_SCOPE
 from intttrain.ttt.decode import FastWeightCache, decode_projection, init_cache
 from intttrain.ttt.layout import ChunkLayout, FastWeightState, init_state, make_layout
 from intttrain.ttt.shards import STATE_NAME
@@ -17,6 +18,7 @@ from intttrain.ttt.transforms import DeltaTransform
 
 __all__ = [
     "CONV_TAPS",
+    "MIXED_SCOPE",
     "STATE_NAME",
     "ChunkLayout",
     "DeltaTransform",

@@ -11,11 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from intttrain.core.sharding import axis_size, constrain
-from intttrain.ttt.chunked import scan_chunks
+from intttrain.core.sharding import constrain
 from intttrain.ttt.layout import FastWeightState, init_state, make_layout
 from intttrain.ttt.reference import project_reference
-from intttrain.ttt.shards import AXIS, scan_shards
+from intttrain.ttt.shards import Options, scan_rows
 from intttrain.ttt.transforms import DeltaTransform
 
 Implementation = Literal["auto", "chunked", "reference"]
@@ -26,13 +25,13 @@ class FastWeightOutput(NamedTuple):
 
     Attributes:
       o_BTD: what the down projection hands to the residual stream, dtype of z.
-      state: the state after the last chunk, for the next piece of the row.
+      state: the state after the last chunk, for the next piece of the row; ``None`` if none came in.
       delta_norm_BM: Frobenius norm of each committed update, relative to that of W0; carries no gradient.
       state_norm_BM: the same for the state after each chunk. Healthy up to about 4.
     """
 
     o_BTD: Float[Array, "B T D"]
-    state: FastWeightState
+    state: FastWeightState | None
     delta_norm_BM: Float[Array, "B M"]
     state_norm_BM: Float[Array, "B M"]
 
@@ -52,7 +51,7 @@ def fast_weight_projection(
     eta: Float[Array, ""],
     gates_BM: Float[Array, "B M"] | None = None,
     state: FastWeightState | None = None,
-    base_BTD: Float[Array, "B T D"] | None = None,
+    gradient_dtype: str = "float32",
     transform: DeltaTransform = DeltaTransform(),
     implementation: Implementation = "auto",
 ) -> FastWeightOutput:
@@ -61,14 +60,14 @@ def fast_weight_projection(
     Args:
       z_BTF: activations of the MLP block, in the compute dtype.
       v_BTD: values to write, from ``make_targets``.
-      w_down_DF: the initial weight W0 (D x F).
+      w_down_DF: the initial weight W0 (D x F), fp32.
       segment_ids_BT: documents of the row; 0 is padding, which is never written.
       chunk_tokens: C, divides T.
       eta: size of an update, traced; 0 switches updates off and leaves exactly the plain projection.
       gates_BM: multiplies each chunk's update, traced; default 1.
-      state: what is carried in from the piece before; default nothing.
-      base_BTD: fp32 ``W0 z`` where the caller has it (stored in pieces, W0 needs a matmul of its own); it then carries
-        the whole gradient of W0. Not for ``reference``.
+      state: what is carried in from the piece before (``init_state`` at the first). Without it rows begin with nothing
+        and no state is returned, which takes less memory.
+      gradient_dtype: in which the gradient of W0 is summed over devices.
       transform: bounds on updates, static.
       implementation: ``reference`` (the definition, for tests), ``chunked`` or ``auto`` (chunked).
 
@@ -83,37 +82,30 @@ def fast_weight_projection(
     if implementation not in get_args(Implementation):
         raise ValueError(f"implementation={implementation!r} does not exist; use one of {get_args(Implementation)}")
     rows, seq_len, d_ff = z_BTF.shape
-    layout_state = state if state is not None else init_state(rows, w_down_DF.shape[0], d_ff)
-    layout = make_layout(segment_ids_BT, chunk_tokens, layout_state.document_B)
+    layout = make_layout(segment_ids_BT, chunk_tokens, None if state is None else state.document_B)
     chunks = seq_len // chunk_tokens
     if gates_BM is None:
         gates_BM = jnp.ones((rows, chunks), jnp.float32)
     eta = jnp.asarray(eta, jnp.float32)
     if implementation == "reference":
-        if base_BTD is not None:
-            raise ValueError("the reference computes W0 z itself; do not pass base_BTD")
+        start = init_state(rows, w_down_DF.shape[0], d_ff) if state is None else state
         o_BTD, end = project_reference(
-            z_BTF, v_BTD, w_down_DF, segment_ids_BT, chunk_tokens, eta, gates_BM, layout_state, transform
+            z_BTF, v_BTD, w_down_DF, segment_ids_BT, chunk_tokens, eta, gates_BM, start, transform
         )
         unknown_BM = jnp.full((rows, chunks), jnp.nan, jnp.float32)
-        return FastWeightOutput(o_BTD, end, unknown_BM, unknown_BM)
+        return FastWeightOutput(o_BTD, None if state is None else end, unknown_BM, unknown_BM)
 
     z_BMCF = z_BTF.reshape(rows, chunks, chunk_tokens, d_ff)
     v_BMCD = v_BTD.reshape(rows, chunks, chunk_tokens, -1)
-    frozen_DF = jax.lax.stop_gradient(w_down_DF)
+    options = Options(transform, gradient_dtype)
     with jax.named_scope("ttt_scan"):
-        s_in_BDF = constrain(layout_state.s_BDF, "batch", "width", "mlp")
-        scan = scan_shards if axis_size(AXIS) > 1 else scan_chunks
-        scanned = scan(transform, z_BMCF, v_BMCD, frozen_DF, layout, gates_BM, eta, s_in_BDF)
-    base_BTD = project(z_BTF, w_down_DF) if base_BTD is None else base_BTD
-    o_BTD = base_BTD + scanned.c_BMCD.reshape(rows, seq_len, -1)
-    if transform.preserve_row_norm:
-        scale_BMCD = jnp.where(layout.reads_BMC[..., None] > 0, scanned.scale_BMD[:, :, None, :], 1.0)
-        o_BTD = o_BTD * jax.lax.stop_gradient(scale_BMCD.reshape(o_BTD.shape))
-    w_norm = jnp.sqrt(jnp.sum(jnp.square(frozen_DF.astype(jnp.float32)))) + 1e-12
+        s_in_BDF = None if state is None else constrain(state.s_BDF, "batch", "width", "mlp")
+        read, s_end_BDF = scan_rows(options, z_BMCF, v_BMCD, w_down_DF, layout, gates_BM, eta, s_in_BDF)
+    frozen_DF = jax.lax.stop_gradient(w_down_DF).astype(jnp.float32)
+    w_norm = jnp.sqrt(jnp.sum(jnp.square(frozen_DF))) + 1e-12
     return FastWeightOutput(
-        o_BTD=o_BTD.astype(z_BTF.dtype),
-        state=FastWeightState(scanned.s_end_BDF, segment_ids_BT[:, -1]),
-        delta_norm_BM=jax.lax.stop_gradient(scanned.delta_norm_BM / w_norm),
-        state_norm_BM=jax.lax.stop_gradient(scanned.state_norm_BM / w_norm),
+        o_BTD=read.o_MCD.reshape(rows, seq_len, -1),
+        state=None if s_end_BDF is None else FastWeightState(s_end_BDF, segment_ids_BT[:, -1]),
+        delta_norm_BM=jax.lax.stop_gradient(read.delta_norm_M / w_norm),
+        state_norm_BM=jax.lax.stop_gradient(read.state_norm_M / w_norm),
     )

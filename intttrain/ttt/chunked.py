@@ -1,238 +1,309 @@
 """The chunked form: one scan over chunks forward, two backward, and never one state per chunk in memory.
 
-``apply then update``: chunk i reads the state left by the chunks before it, then adds its own update, so the
-recurrence is a segmented exclusive prefix sum. Its gradient needs S_i again (a prefix scan re-creates it) and
+``apply then update``: chunk i reads ``W0 + S_i``, the state left by the chunks before it, then adds its own update, so
+the recurrence is a segmented exclusive prefix sum. Its gradient needs S_i again (a prefix scan re-creates it) and
 ``G_i = dL/dS_i`` (a suffix scan carries it). Residuals are the inputs only; see ``docs/method.md``, "Backward".
 
-Letters: B row, C tokens per chunk, M chunks, D model width, F feed-forward width.
+Where all tokens of a chunk read the state, or none does, ``W0 + S_i`` is one matrix, and what the reads want of S_i is
+what they want of W0: one matmul serves both. Only a chunk in which a document begins after its first token takes more;
+its results then replace the usual ones.
+
+Letters: C tokens per chunk, M chunks, D model width, F feed-forward width.
 """
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from intttrain.ttt.layout import ChunkLayout
 from intttrain.ttt.transforms import DeltaTransform, bound_delta, row_scale
 
 Array = jax.Array
 
+# Work in this scope is done only for a chunk in which a document begins.
+MIXED_SCOPE = "mixed_chunk"
 
-class Scanned(NamedTuple):
-    """Everything the scan produces.
+
+class Chunks(NamedTuple):
+    """The chunks of a row, or without M one of them; masks as in ``ChunkLayout``.
 
     Attributes:
-      c_BMCD: fp32, ``a_t S_i z_t``: what the state adds to ``W0 z``.
-      s_end_BDF: fp32 state after the last chunk.
-      scale_BMD: fp32 row scales with which each chunk reads (ones unless row norms are preserved); no gradient.
-      delta_norm_BM, state_norm_BM: Frobenius norms of each update as committed and of the state after it;
-        no gradient.
+      z_MCF, v_MCD: what is read with and written with, and what is written; in the compute dtype.
+      reads_MC, writes_MC: which tokens may read the state, and which write into it.
+      keep_M: whether the state that came in is kept.
+      gate_M: multiplies the update.
     """
 
-    c_BMCD: Array
-    s_end_BDF: Array
-    scale_BMD: Array
-    delta_norm_BM: Array
-    state_norm_BM: Array
+    z_MCF: Array
+    v_MCD: Array
+    reads_MC: Array
+    writes_MC: Array
+    keep_M: Array
+    gate_M: Array
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def scan_chunks(
-    transform: DeltaTransform,
-    z_BMCF: Array,
-    v_BMCD: Array,
-    w_down_DF: Array,
-    layout: ChunkLayout,
-    gates_BM: Array,
-    eta: Array,
-    s_in_BDF: Array,
-) -> Scanned:
-    """Runs the recurrence over the chunks of a row.
+class Forward(NamedTuple):
+    """What ``forward_scan`` returns.
 
-    Matmul inputs keep the dtype of ``z_BMCF`` and ``v_BMCD``; the state and every sum are fp32. Differentiable
-    in z, v, gates, eta and the incoming state. ``w_down_DF`` is read only for row scales, without gradient.
+    Attributes:
+      o_MCD: ``(W0 + a_t S_i) z_t``, in the dtype of z.
+      scale_MD: fp32 row scales with which each chunk read, ``None`` unless row norms are preserved.
+      delta_norm_M, state_norm_M: Frobenius norms of each update as committed and of the state after it.
     """
 
-    def step(s_BDF: Array, chunk: _Chunk) -> tuple[Array, tuple[Array, ...]]:
-        c_BCD = _read(s_BDF, chunk)
-        s_next_BDF, delta_BDF = _commit(transform, s_BDF, chunk, eta)
-        scale_BD = _scale(s_BDF, w_down_DF, transform)
-        return s_next_BDF, (c_BCD, scale_BD, _norm(delta_BDF), _norm(s_next_BDF))
-
-    chunks = _by_chunk(z_BMCF, v_BMCD, layout, gates_BM)
-    s_end_BDF, stacked = jax.lax.scan(step, s_in_BDF, chunks)
-    c_BMCD, scale_BMD, delta_norm_BM, state_norm_BM = (jnp.moveaxis(x, 0, 1) for x in stacked)
-    return Scanned(c_BMCD, s_end_BDF, scale_BMD, delta_norm_BM, state_norm_BM)
-
-
-class _Chunk(NamedTuple):
-    """One chunk of every row, as the scans see it."""
-
-    z_BCF: Array
-    v_BCD: Array
-    reads_BC: Array
-    writes_BC: Array
-    keep_B: Array
-    gate_B: Array
-
-
-def _by_chunk(z_BMCF: Array, v_BMCD: Array, layout: ChunkLayout, gates_BM: Array) -> _Chunk:
-    """Puts the chunk axis first, where ``lax.scan`` wants it (free for one row)."""
-    leaves = (z_BMCF, v_BMCD, layout.reads_BMC, layout.writes_BMC, layout.keeps_BM, gates_BM)
-    return _Chunk(*(jnp.moveaxis(x, 1, 0) for x in leaves))
-
-
-def _read(s_BDF: Array, chunk: _Chunk) -> Array:
-    """Returns ``a_t S z_t`` (fp32)."""
-    s_z = jnp.einsum("bcf,bdf->bcd", chunk.z_BCF, s_BDF.astype(chunk.z_BCF.dtype), preferred_element_type=jnp.float32)
-    return chunk.reads_BC[:, :, None] * s_z
-
-
-def _raw_delta(chunk: _Chunk, eta: Array) -> Array:
-    """Returns ``eta * sum_t mu_t v_t z_t^T`` (fp32), not yet bounded or gated."""
-    written_BCD = chunk.v_BCD * chunk.writes_BC[:, :, None].astype(chunk.v_BCD.dtype)
-    return eta * jnp.einsum("bcd,bcf->bdf", written_BCD, chunk.z_BCF, preferred_element_type=jnp.float32)
-
-
-def _commit(transform: DeltaTransform, s_BDF: Array, chunk: _Chunk, eta: Array) -> tuple[Array, Array]:
-    """Returns the state after a chunk, and the chunk's update of it."""
-    delta_BDF = chunk.gate_B[:, None, None] * bound_delta(_raw_delta(chunk, eta), transform)
-    return chunk.keep_B[:, None, None] * s_BDF + delta_BDF, delta_BDF
-
-
-def written_state(
-    transform: DeltaTransform, z_BMCF: Array, v_BMCD: Array, layout: ChunkLayout, gates_BM: Array, eta: Array
-) -> Array:
-    """Returns the state (B D F) after the last chunk of rows that began with an empty one.
-
-    Without bounds on updates that is one matmul over all tokens.
-    """
-    if transform.bounds_delta:
-
-        def step(s_BDF: Array, chunk: _Chunk) -> tuple[Array, None]:
-            return _commit(transform, s_BDF, chunk, eta)[0], None
-
-        empty_BDF = jnp.zeros((z_BMCF.shape[0], v_BMCD.shape[-1], z_BMCF.shape[-1]), jnp.float32)
-        return jax.lax.scan(step, empty_BDF, _by_chunk(z_BMCF, v_BMCD, layout, gates_BM))[0]
-    kept_after_BM = _kept_before(layout.keeps_BM[:, ::-1])[:, ::-1]
-    weights_BMC = layout.writes_BMC * (gates_BM * kept_after_BM)[:, :, None]
-    written_BMCD = v_BMCD * weights_BMC[..., None].astype(v_BMCD.dtype)
-    return eta * jnp.einsum("bmcd,bmcf->bdf", written_BMCD, z_BMCF, preferred_element_type=jnp.float32)
-
-
-def read_back(z_BMCF: Array, layout: ChunkLayout, do_BMCD: Array) -> Array:
-    """Returns the gradient (B D F) of the incoming state through all reads, without that of the last state."""
-    weighted_BMCD = do_BMCD * _kept_before(layout.keeps_BM)[:, :, None, None].astype(do_BMCD.dtype)
-    return jnp.einsum("bmcd,bmcf->bdf", weighted_BMCD, z_BMCF, preferred_element_type=jnp.float32)
-
-
-def _kept_before(keeps_BM: Array) -> Array:
-    """Returns for each chunk the product of ``keeps`` over the chunks before it."""
-    kept_BM = jnp.cumprod(keeps_BM, axis=1)
-    return jnp.concatenate([jnp.ones_like(kept_BM[:, :1]), kept_BM[:, :-1]], axis=1)
-
-
-def _scale(s_BDF: Array, w_down_DF: Array, transform: DeltaTransform) -> Array:
-    if transform.preserve_row_norm:
-        return row_scale(s_BDF, w_down_DF)
-    return jnp.ones(s_BDF.shape[:2], jnp.float32)
-
-
-def _norm(x_BDF: Array) -> Array:
-    return jnp.sqrt(jnp.sum(jnp.square(x_BDF), axis=(1, 2)))
-
-
-def _forward(transform: DeltaTransform, *inputs: Any) -> tuple[Scanned, tuple[Any, ...]]:
-    return scan_chunks(transform, *inputs), inputs
-
-
-def _backward(transform: DeltaTransform, residuals: tuple[Any, ...], cotangents: Scanned) -> tuple[Any, ...]:
-    z_BMCF, v_BMCD, _, layout, gates_BM, eta, s_in_BDF = residuals
-    do_BMCD = read_gradient(z_BMCF, layout, cotangents.c_BMCD)
-    found = backward_scans(transform, z_BMCF, v_BMCD, layout, gates_BM, eta, s_in_BDF, do_BMCD, cotangents.s_end_BDF)
-    return found.dz_BMCF, found.dv_BMCD, None, None, found.dgates_BM, found.deta, found.ds_in_BDF
-
-
-def read_gradient(z_BMCF: Array, layout: ChunkLayout, dc_BMCD: Array) -> Array:
-    """Returns the gradient of what was read, zero where nothing was, as an input of matmuls."""
-    return (layout.reads_BMC[..., None] * dc_BMCD).astype(z_BMCF.dtype)
+    o_MCD: Array
+    scale_MD: Array | None
+    delta_norm_M: Array
+    state_norm_M: Array
 
 
 class Gradients(NamedTuple):
     """Of z, v, the gates, eta and the incoming state."""
 
-    dz_BMCF: Array
-    dv_BMCD: Array
-    dgates_BM: Array
+    dz_MCF: Array
+    dv_MCD: Array
+    dgate_M: Array
     deta: Array
-    ds_in_BDF: Array
+    ds_in_DF: Array
+
+
+def forward_scan(
+    transform: DeltaTransform, w_DF: Array, eta: Array, s_in_DF: Array, chunks: Chunks
+) -> tuple[Array, Forward]:
+    """Runs the recurrence over the chunks of a row; returns the last state and what was read.
+
+    Matmul inputs have the dtype of z; ``w_DF`` (W0), the state and every sum are fp32.
+    """
+
+    dtype = chunks.z_MCF.dtype
+
+    def step(s_DF: Array, inputs: tuple[Chunks, Array]) -> tuple[Array, Forward]:
+        chunk, at = inputs
+        scale_D = row_scale(s_DF[None], w_DF)[0] if transform.preserve_row_norm else None
+
+        def finish(o_CD: Array) -> Array:
+            return (o_CD if scale_D is None else o_CD * read_scale(scale_D, chunk.reads_MC)).astype(dtype)
+
+        def replace(_: Array) -> Array:
+            return finish(_through_both("cf,df->cd", _chunk_at(chunks.z_MCF, at), w_DF, s_DF, chunk.reads_MC))
+
+        o_CD = finish(_matmul("cf,df->cd", chunk.z_MCF, _read_matrix(w_DF, s_DF, chunk)))
+        o_CD = _if_mixed(chunk, replace, o_CD)
+        s_next_DF, delta_DF = commit(transform, s_DF, chunk, eta)
+        return s_next_DF, Forward(o_CD, scale_D, _norm(delta_DF), _norm(s_next_DF))
+
+    return jax.lax.scan(step, s_in_DF, (chunks, _numbers(chunks)))
+
+
+def read_scale(scale_MD: Array, reads_MC: Array) -> Array:
+    """Returns by what the outputs (M C D) of tokens are multiplied: the row scales where a token reads the state."""
+    return jnp.where(reads_MC[..., None] > 0, scale_MD[..., None, :], 1.0)
+
+
+def _read_matrix(w_DF: Array, s_DF: Array, chunk: Chunks) -> Array:
+    """Returns ``W0 + a S`` as an input of matmuls, for a chunk whose tokens all have the same a."""
+    return (w_DF + chunk.reads_MC[0] * s_DF).astype(chunk.z_MCF.dtype)
+
+
+def _through_both(equation: str, x_CE: Array, w_DF: Array, s_DF: Array, reads_C: Array) -> Array:
+    """Returns the product (fp32) of each token with ``W0 + a_t S``, by two matmuls."""
+    through_s = _matmul(equation, x_CE, s_DF.astype(x_CE.dtype))
+    return _matmul(equation, x_CE, w_DF.astype(x_CE.dtype)) + reads_C[:, None] * through_s
+
+
+def _if_mixed(chunk: Chunks, replace: Callable[[Array], Array], x: Array) -> Array:
+    """Returns ``x``, or ``replace(x)`` for a chunk of which some tokens read the state and some do not.
+
+    ``replace`` should take of whole rows what it needs: a part handed over would be copied for every chunk.
+    """
+    uniform = jnp.all(chunk.reads_MC == chunk.reads_MC[0])
+    return jax.lax.cond(uniform, lambda x: x, jax.named_scope(MIXED_SCOPE)(replace), x)
+
+
+def _in_order(*arrays: Array) -> tuple[Array, ...]:
+    """Returns the arrays, all computed: what a conditional reads is updated in place after it, instead of in a copy."""
+    return jax.lax.optimization_barrier(arrays)
+
+
+def _numbers(chunks: Chunks) -> Array:
+    return jnp.arange(chunks.keep_M.shape[0])
+
+
+def _chunk_at(x_MCE: Array, at: Array) -> Array:
+    return jax.lax.dynamic_index_in_dim(x_MCE, at, keepdims=False)
+
+
+def _matmul(equation: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+
+
+def _raw_delta(chunk: Chunks, eta: Array) -> Array:
+    """Returns ``eta * sum_t mu_t v_t z_t^T`` (fp32), not yet bounded or gated."""
+    return eta * _matmul("cd,cf->df", _weighted(chunk.v_MCD, chunk.writes_MC), chunk.z_MCF)
+
+
+def _weighted(x_MCE: Array, weights_MC: Array) -> Array:
+    return x_MCE * weights_MC[..., None].astype(x_MCE.dtype)
+
+
+def commit(transform: DeltaTransform, s_DF: Array, chunk: Chunks, eta: Array) -> tuple[Array, Array]:
+    """Returns the state after a chunk, and the chunk's update of it."""
+    delta_DF = chunk.gate_M * _bound(transform, _raw_delta(chunk, eta))
+    return chunk.keep_M * s_DF + delta_DF, delta_DF
+
+
+def _bound(transform: DeltaTransform, delta_DF: Array) -> Array:
+    return bound_delta(delta_DF[None], transform)[0]
+
+
+def written_state(transform: DeltaTransform, eta: Array, chunks: Chunks) -> Array:
+    """Returns the state (D F) after the last chunk of a row that began with an empty one.
+
+    Without bounds on updates that is one matmul over all tokens.
+    """
+    if transform.bounds_delta:
+
+        def step(s_DF: Array, chunk: Chunks) -> tuple[Array, None]:
+            return commit(transform, s_DF, chunk, eta)[0], None
+
+        return jax.lax.scan(step, empty_state(chunks.v_MCD.shape[-1], chunks.z_MCF.shape[-1]), chunks)[0]
+    kept_after_M = _kept_before(chunks.keep_M[::-1])[::-1]
+    weights_MC = chunks.writes_MC * (chunks.gate_M * kept_after_M)[:, None]
+    return eta * _matmul("mcd,mcf->df", _weighted(chunks.v_MCD, weights_MC), chunks.z_MCF)
+
+
+def read_back(chunks: Chunks, do_MCD: Array) -> Array:
+    """Returns the gradient (D F) of the incoming state through all reads, without that of the last state."""
+    weights_MC = chunks.reads_MC * _kept_before(chunks.keep_M)[:, None]
+    return _matmul("mcd,mcf->df", _weighted(do_MCD, weights_MC), chunks.z_MCF)
+
+
+def _kept_before(keep_M: Array) -> Array:
+    """Returns for each chunk the product of ``keep`` over the chunks before it."""
+    kept_M = jnp.cumprod(keep_M)
+    return jnp.concatenate([jnp.ones_like(kept_M[:1]), kept_M[:-1]])
+
+
+def empty_state(width: int, d_ff: int) -> Array:
+    """Returns zeros (D F) that XLA takes for an array: it folds a constant into every step of a scan that it starts."""
+    return jax.lax.optimization_barrier(jnp.zeros((width, d_ff), jnp.float32))
+
+
+def _norm(x_DF: Array) -> Array:
+    return jnp.sqrt(jnp.sum(jnp.square(x_DF)))
 
 
 def backward_scans(
     transform: DeltaTransform,
-    z_BMCF: Array,
-    v_BMCD: Array,
-    layout: ChunkLayout,
-    gates_BM: Array,
+    w_DF: Array,
     eta: Array,
-    s_in_BDF: Array,
-    do_BMCD: Array,
-    g_end_BDF: Array,
-) -> Gradients:
-    """Returns the gradients, from that of what was read (``read_gradient``) and that of the last state."""
-    chunks = _by_chunk(z_BMCF, v_BMCD, layout, gates_BM)
-    do_MBCD = jnp.moveaxis(do_BMCD, 1, 0)
+    dw_DF: Array,
+    s_in_DF: Array,
+    chunks: Chunks,
+    do_MCD: Array,
+    g_end_DF: Array | None,
+) -> tuple[Array, Gradients]:
+    """Returns the gradients of ``forward_scan``, that of W0 (fp32) first.
 
-    def prefix(s_BDF: Array, inputs: tuple[_Chunk, Array]) -> tuple[Array, Array]:
-        """Re-creates S_i and returns the gradient of z through the read: ``a_t do_t S_i``."""
-        chunk, do_BCD = inputs
-        dz_BCF = jnp.einsum("bcd,bdf->bcf", do_BCD, s_BDF.astype(do_BCD.dtype))
-        return _commit(transform, s_BDF, chunk, eta)[0], dz_BCF
+    Args:
+      transform, w_DF, eta, s_in_DF, chunks: as there.
+      dw_DF: what the gradient of W0 is added to.
+      do_MCD: gradient of what was read, row scales included, in the dtype of z.
+      g_end_DF: gradient of the last state; ``None`` for zero.
+    """
 
-    def suffix(g_BDF: Array, inputs: tuple[_Chunk, Array]) -> tuple[Array, tuple[Array, ...]]:
-        """Carries ``G_{i+1} = dL/dS_{i+1}`` back through the commit and the read of chunk i."""
-        chunk, do_BCD = inputs
-        gradients = _commit_gradient(transform, chunk, eta, g_BDF)
-        read_BDF = jnp.einsum("bcd,bcf->bdf", do_BCD, chunk.z_BCF, preferred_element_type=jnp.float32)
-        return chunk.keep_B[:, None, None] * g_BDF + read_BDF, gradients
+    dtype = chunks.z_MCF.dtype
 
-    _, dz_read_MBCF = jax.lax.scan(prefix, s_in_BDF, (chunks, do_MBCD))
-    ds_in_BDF, gradients = jax.lax.scan(suffix, g_end_BDF, (chunks, do_MBCD), reverse=True)
-    dz_MBCF, dv_MBCD, dgate_MB, deta_MB = gradients
-    dz_BMCF, dv_BMCD = jnp.moveaxis(dz_read_MBCF + dz_MBCF, 0, 1), jnp.moveaxis(dv_MBCD, 0, 1)
-    return Gradients(dz_BMCF, dv_BMCD, jnp.moveaxis(dgate_MB, 0, 1), jnp.sum(deta_MB), ds_in_BDF)
+    def prefix(carried: tuple[Array, Array], inputs: tuple[Chunks, Array, Array]) -> tuple[tuple[Array, Array], None]:
+        """Re-creates S_i and puts the gradient of z through the read, ``do_t (W0 + a_t S_i)``, into its place."""
+        s_DF, dz_MCF = carried
+        chunk, do_CD, at = inputs
+
+        def replace(dz_MCF: Array) -> Array:
+            dz_CF = _through_both("cd,df->cf", _chunk_at(do_MCD, at), w_DF, s_DF, chunk.reads_MC)
+            return jax.lax.dynamic_update_index_in_dim(dz_MCF, dz_CF.astype(dtype), at, axis=0)
+
+        dz_CF = _matmul("cd,df->cf", do_CD, _read_matrix(w_DF, s_DF, chunk)).astype(dtype)
+        dz_MCF = _if_mixed(chunk, replace, jax.lax.dynamic_update_index_in_dim(dz_MCF, dz_CF, at, axis=0))
+        s_DF, dz_MCF = _in_order(s_DF, dz_MCF)
+        return (commit(transform, s_DF, chunk, eta)[0], dz_MCF), None
+
+    def suffix(carried: tuple[_Sums, Array], inputs: tuple[Chunks, Array, Array]) -> tuple[Any, tuple[Array, ...]]:
+        """Carries ``G_{i+1} = dL/dS_{i+1}`` back through the commit and the read of chunk i.
+
+        The gradient of z through the commit is added to that through the read.
+        """
+        sums, dz_MCF = carried
+        chunk, do_CD, at = inputs
+        dz_CF, *gradients = _commit_gradient(transform, chunk, eta, sums.g_DF)
+        dz_CF = dz_CF + _chunk_at(dz_MCF, at)
+        dz_MCF = jax.lax.dynamic_update_index_in_dim(dz_MCF, dz_CF, at, axis=0)
+        dw_DF = _ended_documents(sums, chunk, g_end_DF, (do_MCD, chunks.z_MCF, at))
+        g_DF, dw_DF = _in_order(sums.g_DF, dw_DF)
+        g_DF = chunk.keep_M * g_DF + _matmul("cd,cf->df", _weighted(do_CD, chunk.reads_MC), chunk.z_MCF)
+        return (_Sums(g_DF, dw_DF, chunk.keep_M * sums.kept), dz_MCF), tuple(gradients)
+
+    inputs = (chunks, do_MCD, _numbers(chunks))
+    (_, dz_MCF), _ = jax.lax.scan(prefix, (s_in_DF, jax.lax.empty(chunks.z_MCF.shape, dtype)), inputs)
+    sums = _Sums(empty_state(*w_DF.shape) if g_end_DF is None else g_end_DF, dw_DF, jnp.float32(1.0))
+    (sums, dz_MCF), (dv_MCD, dgate_M, deta_M) = jax.lax.scan(suffix, (sums, dz_MCF), inputs, reverse=True)
+    gradients = Gradients(dz_MCF, dv_MCD, dgate_M, jnp.sum(deta_M), sums.g_DF)
+    return sums.dw_DF + _from_reads(sums, g_end_DF), gradients
 
 
-def _commit_gradient(transform: DeltaTransform, chunk: _Chunk, eta: Array, g_BDF: Array) -> tuple[Array, ...]:
-    """Returns the gradients of z, v, gate and eta through ``gate * bound(eta * sum mu v z^T)``; ``g_BDF`` is dL/dS."""
+class _Sums(NamedTuple):
+    """Of the suffix scan: G, the gradient of W0 as far as G does not hold it, and how much of ``g_end`` G holds."""
+
+    g_DF: Array
+    dw_DF: Array
+    kept: Array
+
+
+def _from_reads(sums: _Sums, g_end_DF: Array | None) -> Array:
+    """Returns what of G is the gradient of reads, of W0 as much as of S."""
+    return sums.g_DF if g_end_DF is None else sums.g_DF - sums.kept * g_end_DF
+
+
+def _ended_documents(sums: _Sums, chunk: Chunks, g_end_DF: Array | None, rows: tuple[Array, Array, Array]) -> Array:
+    """Returns the gradient of W0 with what G will not hold any more: of documents whose readers end with this chunk,
+    and of tokens that did not read S at all.
+    """
+
+    @jax.named_scope(MIXED_SCOPE)
+    def add(dw_DF: Array) -> Array:
+        do_MCD, z_MCF, at = rows
+        unread_CD = _weighted(_chunk_at(do_MCD, at), 1.0 - chunk.reads_MC)
+        dropped_DF = (1.0 - chunk.keep_M) * _from_reads(sums, g_end_DF)
+        return dw_DF + dropped_DF + _matmul("cd,cf->df", unread_CD, _chunk_at(z_MCF, at))
+
+    return jax.lax.cond(jnp.all(chunk.reads_MC > 0), lambda dw_DF: dw_DF, add, sums.dw_DF)
+
+
+def _commit_gradient(transform: DeltaTransform, chunk: Chunks, eta: Array, g_DF: Array) -> tuple[Array, ...]:
+    """Returns the gradients of z, v, gate and eta through ``gate * bound(eta * sum mu v z^T)``; ``g_DF`` is dL/dS."""
     if transform.bounds_delta:
-        draw_BDF, dgate_B, deta_B = _bounded_gradient(transform, chunk, eta, g_BDF)
-        factor_B = jnp.ones_like(chunk.gate_B)
+        draw_DF, dgate, deta = _bounded_gradient(transform, chunk, eta, g_DF)
+        factor: Array | float = 1.0
     else:
-        draw_BDF, factor_B = g_BDF, eta * chunk.gate_B
-    dtype, writes_BC1 = chunk.z_BCF.dtype, chunk.writes_BC[:, :, None]
-    draw_BDF = draw_BDF.astype(dtype)
-    gz_BCD = writes_BC1 * jnp.einsum("bcf,bdf->bcd", chunk.z_BCF, draw_BDF, preferred_element_type=jnp.float32)
-    vg_BCF = writes_BC1 * jnp.einsum("bcd,bdf->bcf", chunk.v_BCD, draw_BDF, preferred_element_type=jnp.float32)
+        draw_DF, factor = g_DF, eta * chunk.gate_M
+    dtype, writes_C1 = chunk.z_MCF.dtype, chunk.writes_MC[:, None]
+    draw_DF = draw_DF.astype(dtype)
+    gz_CD = writes_C1 * _matmul("cf,df->cd", chunk.z_MCF, draw_DF)
+    vg_CF = writes_C1 * _matmul("cd,df->cf", chunk.v_MCD, draw_DF)
     if not transform.bounds_delta:
-        inner_B = jnp.sum(chunk.v_BCD.astype(jnp.float32) * gz_BCD, axis=(1, 2))  # <V^T Z, G>
-        dgate_B, deta_B = eta * inner_B, chunk.gate_B * inner_B
-    factor_B11 = factor_B[:, None, None]
-    return (factor_B11 * vg_BCF).astype(dtype), (factor_B11 * gz_BCD).astype(dtype), dgate_B, deta_B
+        inner = jnp.sum(chunk.v_MCD.astype(jnp.float32) * gz_CD)  # <V^T Z, G>
+        dgate, deta = eta * inner, chunk.gate_M * inner
+    return (factor * vg_CF).astype(dtype), (factor * gz_CD).astype(dtype), dgate, deta
 
 
-def _bounded_gradient(transform: DeltaTransform, chunk: _Chunk, eta: Array, g_BDF: Array) -> tuple[Array, Array, Array]:
+def _bounded_gradient(transform: DeltaTransform, chunk: Chunks, eta: Array, g_DF: Array) -> tuple[Array, Array, Array]:
     """Returns the gradients of the raw sum ``V^T Z``, the gate and eta when the update is bounded."""
 
-    def commit(raw_BDF: Array, gate_B: Array, eta_B: Array) -> Array:
-        return gate_B[:, None, None] * bound_delta(eta_B[:, None, None] * raw_BDF, transform)
+    def bounded(raw_DF: Array, gate: Array, eta: Array) -> Array:
+        return gate * _bound(transform, eta * raw_DF)
 
-    raw_BDF = _raw_delta(chunk, jnp.ones_like(eta))
-    _, pull = jax.vjp(commit, raw_BDF, chunk.gate_B, jnp.broadcast_to(eta, chunk.gate_B.shape))
-    return pull(g_BDF)
-
-
-scan_chunks.defvjp(_forward, _backward)
+    _, pull = jax.vjp(bounded, _raw_delta(chunk, jnp.ones_like(eta)), chunk.gate_M, eta)
+    return pull(g_DF)

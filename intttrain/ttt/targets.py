@@ -8,6 +8,9 @@ Letters: B row, T tokens, C tokens per chunk, M chunks, D model width, W conv ta
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -48,29 +51,53 @@ def mix_neighbours(
     chunks = seq_len // chunk_tokens
     x_BMCD = x_BTD.reshape(rows, chunks, chunk_tokens, width)
     segments_BMC = segment_ids_BT.reshape(rows, chunks, chunk_tokens)
+    reach = 1 if conv_WD is None else conv_WD.shape[0] // 2
+    same_WBMC = [other == segments_BMC for other in _neighbours(segments_BMC, reach, -1)]
     if conv_WD is None:
-        u_BMCD = _neighbour(x_BMCD, segments_BMC, 1)
+        u_BMCD = jnp.where(same_WBMC[-1][..., None], _neighbours(x_BMCD, reach, 0)[-1], jnp.zeros_like(x_BMCD))
     else:
-        taps = conv_WD.shape[0]
-        terms = [
-            _neighbour(x_BMCD, segments_BMC, tap - taps // 2) * conv_WD[tap].astype(x_BTD.dtype)[None, None, None, :]
-            for tap in range(taps)
-        ]
-        u_BMCD = sum(terms[1:], start=terms[0])
+        u_BMCD = _convolve(x_BMCD, conv_WD, same_WBMC)
     return u_BMCD.reshape(rows, seq_len, width)
 
 
-def _neighbour(
-    x_BMCD: Float[Array, "B M C D"], segments_BMC: Int[Array, "B M C"], offset: int
-) -> Float[Array, "B M C D"]:
-    """Returns ``x[t + offset]``, zero where that token is in another chunk or another document."""
-    if offset == 0:
-        return x_BMCD
-    before, after = max(0, -offset), max(0, offset)
-    chunk_tokens = x_BMCD.shape[2]
-    if before + after >= chunk_tokens:
-        return jnp.zeros_like(x_BMCD)
-    kept = slice(after, chunk_tokens - before)
-    shifted = jnp.pad(x_BMCD[:, :, kept], ((0, 0), (0, 0), (before, after), (0, 0)))
-    other = jnp.pad(segments_BMC[:, :, kept], ((0, 0), (0, 0), (before, after)), constant_values=-1)
-    return jnp.where((other == segments_BMC)[..., None], shifted, jnp.zeros_like(shifted))
+def _neighbours(x_BMC: Array, reach: int, outside: int) -> list[Array]:
+    """Returns ``x[t + offset]`` for offsets -reach to reach, ``outside`` where that is another chunk."""
+    chunk_tokens = x_BMC.shape[2]
+    margins = [(0, 0, 0)] * x_BMC.ndim
+    margins[2] = (reach, reach, 0)
+    padded_BMC = jax.lax.pad(x_BMC, jnp.asarray(outside, x_BMC.dtype), margins)
+    return [jax.lax.slice_in_dim(padded_BMC, tap, tap + chunk_tokens, axis=2) for tap in range(2 * reach + 1)]
+
+
+@jax.custom_vjp
+def _convolve(x_BMCD: Array, conv_WD: Array, same_WBMC: list[Array]) -> Array:
+    """Returns the sum over taps of neighbours in the same document.
+
+    The gradient is written out because it is a convolution as well, and so that the taps' is a sum of fp32.
+    """
+    terms = [
+        term * tap_D.astype(x_BMCD.dtype)[None, None, None]
+        for term, tap_D in zip(_kept_neighbours(x_BMCD, same_WBMC), conv_WD, strict=True)
+    ]
+    return sum(terms[1:], start=terms[0])
+
+
+def _kept_neighbours(x_BMCD: Array, same_WBMC: list[Array]) -> list[Array]:
+    found = _neighbours(x_BMCD, len(same_WBMC) // 2, 0)
+    return [jnp.where(same[..., None], x, jnp.zeros_like(x)) for same, x in zip(same_WBMC, found, strict=True)]
+
+
+def _convolve_forward(x_BMCD: Array, conv_WD: Array, same_WBMC: list[Array]) -> tuple[Array, tuple[Any, ...]]:
+    return _convolve(x_BMCD, conv_WD, same_WBMC), (x_BMCD, conv_WD, same_WBMC)
+
+
+def _convolve_backward(residuals: tuple[Any, ...], du_BMCD: Array) -> tuple[Array, Array, None]:
+    x_BMCD, conv_WD, same_WBMC = residuals
+    wide_BMCD = du_BMCD.astype(jnp.float32)
+    neighbours = _kept_neighbours(x_BMCD, same_WBMC)
+    dconv_WD = jnp.stack([jnp.sum(x.astype(jnp.float32) * wide_BMCD, axis=(0, 1, 2)) for x in neighbours])
+    # That t sees t + offset in its document is that t + offset sees t: the taps in reverse order.
+    return _convolve(du_BMCD, conv_WD[::-1], same_WBMC), dconv_WD.astype(conv_WD.dtype), None
+
+
+_convolve.defvjp(_convolve_forward, _convolve_backward)

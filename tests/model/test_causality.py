@@ -105,8 +105,8 @@ def _across_chunks(mix, x, conv, ids, chunk_tokens):
     return mix(x, conv, ids, x.shape[1])
 
 
-def _inclusive(read, s_BDF, chunk):
-    return read(s_BDF + chunked._raw_delta(chunk, jnp.asarray(0.2)), chunk)
+def _inclusive(matrix, w_DF, s_DF, chunk):
+    return matrix(w_DF, s_DF + chunked._raw_delta(chunk, jnp.asarray(0.2)), chunk)
 
 
 def _all_visible(make, *arguments):
@@ -122,7 +122,7 @@ def test_a_planted_convolution_across_chunks_is_seen(monkeypatch):
 
 def test_a_planted_inclusive_scan_is_seen(monkeypatch):
     """By value: the gradient rule is not derived from the forward pass and stays clean."""
-    monkeypatch.setattr(chunked, "_read", functools.partial(_inclusive, chunked._read))
+    monkeypatch.setattr(chunked, "_read_matrix", functools.partial(_inclusive, chunked._read_matrix))
     traced_afresh = jax.jit(lambda *arguments: run.__wrapped__(*arguments), static_argnums=0)
     monkeypatch.setitem(globals(), "FORWARD", traced_afresh)
     assert value_changes(CONFIG, C + 1) < C + 1

@@ -225,3 +225,11 @@ def test_calls_branches_and_asynchronous_calls():
     counts = execution_counts(parse_module(CALLS))
     assert counts.conditionals == ("either", "one")
     assert dict(counts.counts) == {"cheap": 0, "dear": 1, "work": 3, "wrapped": 1, "never": 0, "main": 1}
+
+
+def test_a_branch_for_rare_chunks_is_not_counted():
+    """The dearest branch is what rows cost in which documents begin inside chunks; plans are of long documents."""
+    call = "%e1 = f32[8]{0} call(%e), to_apply=%work"
+    rare = f'{call}, metadata={{op_name="jit(f)/cond/branch_0_fun/mixed_chunk/tanh"}}'
+    counts = execution_counts(parse_module(CALLS.replace(call, rare)))
+    assert (counts["cheap"], counts["dear"]) == (1, 0)

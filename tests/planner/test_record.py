@@ -74,3 +74,11 @@ def test_a_plan_that_does_not_fit_is_kept_without_a_time():
     entry = record.to_record(plan, "abc")
     assert (entry["peak_gib"], entry["spare_gib"]) == (3.0, -1.0) and "step_seconds" not in entry
     assert "| -1.00 | - | - | - |" in record.to_table({"a b": entry})
+
+
+def test_plans_of_an_older_program_have_a_star():
+    new = dict.fromkeys(("tokens_per_step", "microbatches", "peak_gib", "spare_gib", "mfu", "step_seconds"), 1)
+    new |= {"mesh": "m", "remat": "full", "tokens_per_second_per_chip": 1, "program": record.PROGRAM}
+    new |= {"versions": {"jax": "1", "libtpu": "2"}}
+    table = record.to_table({"new": new, "old": new | {"program": record.PROGRAM - 1}}).splitlines()
+    assert ("| 1.00 |" in table[-2], "| 1.00 * |" in table[-1]) == (True, True)

@@ -69,6 +69,7 @@ CASES = (
     Case("state_of_another_document", ((7, 4, -5), (-4, 12), (16,)), carried=(7, 9, 1)),
     Case("one_row", ((6, 3, 4, -3),), carried=(1,)),
     Case("two_rows", ((6, 3, 4, -3), (16,)), carried=(1, 1)),
+    Case("four_rows", (*MIXED, (16,))),
     Case("next_position", MIXED, conv=False),
     Case("chunk_smaller_than_taps", MIXED, chunk_tokens=2),
     Case("one_chunk", MIXED, carried=(1, 1, 5), chunk_tokens=16),
@@ -114,8 +115,13 @@ def cotangents(case: Case) -> tuple[np.ndarray, np.ndarray]:
     return rng.standard_normal((rows, T, D)).astype(np.float32), rng.standard_normal((rows, D, F)).astype(np.float32)
 
 
-def forward(case: Case, leaves: Leaves, segments_BT: Any, implementation: str = "chunked") -> ttt.FastWeightOutput:
-    """Runs targets and projection of one layer; ``leaves`` in the dtypes that the test chose."""
+def forward(
+    case: Case, leaves: Leaves, segments_BT: Any, implementation: str = "chunked", *, fresh: bool = False
+) -> ttt.FastWeightOutput:
+    """Runs targets and projection of one layer; ``leaves`` in the dtypes that the test chose.
+
+    ``fresh`` passes no state, as a trainer does, and gets none back.
+    """
     leaves = {"conv": None} | jax.tree.map(jnp.asarray, leaves)
     segments_BT = jnp.asarray(segments_BT)
     v_BTD = ttt.make_targets(leaves["x"], leaves["w_target"], leaves["conv"], segments_BT, case.chunk_tokens)
@@ -127,7 +133,7 @@ def forward(case: Case, leaves: Leaves, segments_BT: Any, implementation: str = 
         chunk_tokens=case.chunk_tokens,
         eta=leaves["eta"],
         gates_BM=leaves["gates"],
-        state=ttt.FastWeightState(leaves["s_in"], jnp.asarray(case.document_B)),
+        state=None if fresh else ttt.FastWeightState(leaves["s_in"], jnp.asarray(case.document_B)),
         transform=case.transform,
         implementation=implementation,
     )
@@ -155,24 +161,25 @@ def shape_of(case: Case) -> Case:
     return Case("", ((0,),) * len(case.rows), None, case.chunk_tokens, case.conv, case.transform)
 
 
-def loss_function(case_key: Case, implementation: str) -> Callable[..., Any]:
+def loss_function(case_key: Case, implementation: str, *, fresh: bool = False) -> Callable[..., Any]:
     """Returns ``loss_of`` and the output as a function of leaves, segments, documents and ``cotangents``."""
 
     def loss(leaves: Leaves, segments_BT: jax.Array, document_B: jax.Array, along: Any) -> Any:
         case = _Shaped(case_key, document_B)
-        output = forward(case, leaves, segments_BT, implementation)
+        output = forward(case, leaves, segments_BT, implementation, fresh=fresh)
         along_o_BTD, along_s_BDF = along
-        value = jnp.sum(output.o_BTD.astype(jnp.float32) * along_o_BTD) + jnp.sum(output.state.s_BDF * along_s_BDF)
-        return value, output
+        value = jnp.sum(output.o_BTD.astype(jnp.float32) * along_o_BTD)
+        return (value if fresh else value + jnp.sum(output.state.s_BDF * along_s_BDF)), output
 
     return loss
 
 
 @functools.cache
-def _program(case_key: Case, implementation: str) -> Any:
+def _program(case_key: Case, implementation: str, fresh: bool) -> Any:
     # The reference is unrolled over tokens: it is compiled without optimisation, which takes half as long.
     options = {"xla_backend_optimization_level": 0} if implementation == "reference" else None
-    return jax.jit(jax.grad(loss_function(case_key, implementation), has_aux=True), compiler_options=options)
+    loss = loss_function(case_key, implementation, fresh=fresh)
+    return jax.jit(jax.grad(loss, has_aux=True), compiler_options=options)
 
 
 class _Shaped:
@@ -183,13 +190,19 @@ class _Shaped:
 
 
 def gradients(
-    case: Case, implementation: str, leaves: Leaves | None = None, segments_BT: np.ndarray | None = None
+    case: Case,
+    implementation: str,
+    leaves: Leaves | None = None,
+    segments_BT: np.ndarray | None = None,
+    *,
+    along: Any = None,
+    fresh: bool = False,
 ) -> tuple[Leaves, ttt.FastWeightOutput]:
-    """Returns the gradient of ``loss_of`` for every leaf, and the output; compiled once per shape."""
+    """Returns the gradient of ``loss_of`` for every leaf, and the output; ``along`` in place of ``cotangents``."""
     leaves = leaves_of(case) if leaves is None else leaves
     segments_BT = case.segments_BT if segments_BT is None else segments_BT
-    along = cotangents(case)
-    return _program(shape_of(case), implementation)(leaves, segments_BT, case.document_B, along)
+    along = cotangents(case) if along is None else along
+    return _program(shape_of(case), implementation, fresh)(leaves, segments_BT, case.document_B, along)
 
 
 def assert_close(actual: Any, wanted: Any, tolerance: float, what: str = "", terms: float = 1e-3) -> None:

@@ -22,8 +22,11 @@ from intttrain.core.sharding import using_mesh
 from intttrain.ttt import shards
 from tests.ttt.cases import BY_NAME, CASES, Case, T, cotangents, gradients, leaves_of, loss_function, shape_of
 
-# One to all shards hold a document; rows beside, and feed-forward width beside, where they divide.
+# One to all shards hold a document; rows beside, and feed-forward width beside, where they divide. The first two cut no
+# row: what carries no state there runs as one long row.
 MESHES = {
+    "fsdp2_tensor2": {"fsdp": 2, "tensor": 2},
+    "data2_fsdp2": {"data": 2, "fsdp": 2},
     "context4": {"context": 4},
     "context2_tensor2": {"context": 2, "tensor": 2},
     "fsdp2_context4": {"fsdp": 2, "context": 4},
@@ -32,16 +35,22 @@ MESHES = {
 FAULTS = ("restart", "inclusive", "forgets_documents", "no_sum_of_eta", "forward_order_backward")
 
 
-def runs_on(case: Case, sizes: dict[str, int]) -> bool:
-    """Whether every shard gets whole chunks and whole rows."""
+def runs_on(case: Case, sizes: dict[str, int], *, fresh: bool) -> bool:
+    """Whether every shard gets whole chunks and whole rows, and ``fresh`` rows bring no state."""
     chunks, rows = T // case.chunk_tokens, len(case.rows)
-    return chunks % sizes["context"] == 0 and rows % sizes.get("fsdp", 1) == 0
+    whole = chunks % sizes.get("context", 1) == 0 and rows % (sizes.get("data", 1) * sizes.get("fsdp", 1)) == 0
+    return whole and not (fresh and case.carried)
 
 
-def sharded_program(case: Case, mesh: jax.sharding.Mesh) -> Callable[..., Any]:
+def name_of(mesh_name: str, case: Case, *, fresh: bool) -> str:
+    """Returns the name of a comparison."""
+    return f"{mesh_name} {case.name}{' fresh' if fresh else ''}"
+
+
+def sharded_program(case: Case, mesh: jax.sharding.Mesh, *, fresh: bool = False) -> Callable[..., Any]:
     """``cases.gradients`` of the shape of this case, on a mesh."""
 
-    loss = loss_function(shape_of(case), "chunked")
+    loss = loss_function(shape_of(case), "chunked", fresh=fresh)
 
     def on_mesh(*inputs: Any) -> Any:
         with using_mesh(mesh):
@@ -51,12 +60,13 @@ def sharded_program(case: Case, mesh: jax.sharding.Mesh) -> Callable[..., Any]:
     return jax.jit(jax.grad(on_mesh, has_aux=True), in_shardings=everywhere, out_shardings=everywhere)
 
 
-def distances(case: Case, program: Callable[..., Any]) -> dict[str, float]:
-    wanted, one = gradients(case, "chunked")
+def distances(case: Case, program: Callable[..., Any], *, fresh: bool = False) -> dict[str, float]:
+    wanted, one = gradients(case, "chunked", fresh=fresh)
     actual, many = program(leaves_of(case), case.segments_BT, case.document_B, cotangents(case))
     pairs = {name: (wanted[name], actual[name]) for name in wanted}
     pairs |= {name: (getattr(one, name), getattr(many, name)) for name in ("o_BTD", "delta_norm_BM", "state_norm_BM")}
-    pairs["state"] = (one.state.s_BDF, many.state.s_BDF)
+    if not fresh:
+        pairs["state"] = (one.state.s_BDF, many.state.s_BDF)
     return {
         name: float(np.max(np.abs(np.asarray(a) - np.asarray(b))) / max(float(np.max(np.abs(a))), 1e-3))
         for name, (a, b) in pairs.items()
@@ -95,11 +105,12 @@ def main() -> None:
     found: dict[str, dict[str, float]] = {}
     for mesh_name, sizes in MESHES.items():
         mesh = make_mesh(MeshConfig(**{"fsdp": 1} | sizes), devices[: int(np.prod(list(sizes.values())))])
-        programs: dict[Case, Callable[..., Any]] = {}
+        programs: dict[tuple[Case, bool], Callable[..., Any]] = {}
         for case in CASES:
-            if runs_on(case, sizes):
-                program = programs.setdefault(shape_of(case), sharded_program(case, mesh))
-                found[f"{mesh_name} {case.name}"] = distances(case, program)
+            for fresh in (False, True):
+                if runs_on(case, sizes, fresh=fresh):
+                    program = programs.setdefault((shape_of(case), fresh), sharded_program(case, mesh, fresh=fresh))
+                    found[name_of(mesh_name, case, fresh=fresh)] = distances(case, program, fresh=fresh)
     mesh = make_mesh(MeshConfig(fsdp=1, context=4), devices[:4])
     case = BY_NAME["state_in"]
     for fault in FAULTS:

@@ -31,8 +31,9 @@ def whole_row(conv, transform, seq_len=T):
     i, ids = inputs(), jnp.ones((ROWS, seq_len), jnp.int32)
     v = ttt.make_targets(i["x"][:, :seq_len], i["w_target"], i["conv"] if conv else None, ids, C)
     return ttt.fast_weight_projection(
-        i["z"][:, :seq_len], v, i["w_down"], ids, chunk_tokens=C, eta=jnp.asarray(0.3), transform=transform
-    )
+        i["z"][:, :seq_len], v, i["w_down"], ids, chunk_tokens=C, eta=jnp.asarray(0.3), transform=transform,
+        state=ttt.init_state(ROWS, D, F),
+    )  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

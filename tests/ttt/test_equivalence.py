@@ -9,6 +9,7 @@ import pytest
 from jax.test_util import check_grads
 
 from intttrain import ttt
+from intttrain.ttt import chunked
 from tests.ttt.cases import (
     BY_NAME,
     CASES,
@@ -53,6 +54,19 @@ def test_chunked_gradients_equal_the_reference(case):
     assert set(actual) == set(leaves_of(case))
     for name in wanted:
         assert_close(actual[name], wanted[name], 2 * FP32, name)  # both sides round
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.carried is None], ids=lambda case: case.name)
+def test_rows_without_a_state_run_as_one_long_row(case):
+    """What the trainer runs: no row begins with a state and nobody asks for the last ones."""
+    along_o_BTD, along_s_BDF = cotangents(case)
+    wanted, with_state = gradients(case, "chunked", along=(along_o_BTD, 0.0 * along_s_BDF))
+    actual, output = gradients(case, "chunked", fresh=True)
+    assert output.state is None
+    assert_close(output.o_BTD, with_state.o_BTD, tolerance(case), "o")
+    assert_close(output.state_norm_BM, with_state.state_norm_BM, tolerance(case), "norms")
+    for name in set(wanted) - {"s_in"}:
+        assert_close(actual[name], wanted[name], 2 * tolerance(case), name)
 
 
 @every_case
@@ -129,9 +143,32 @@ def test_bf16_inputs_round_neither_the_products_nor_the_running_sum(implementati
     v = jnp.asarray([[[first]] + [[later]] * 12], jnp.bfloat16)
     output = ttt.fast_weight_projection(
         z, v, jnp.zeros((1, 1)), jnp.ones((1, 13), jnp.int32), chunk_tokens=1, eta=jnp.asarray(1.0),
-        implementation=implementation,
+        state=ttt.init_state(1, 1, 1), implementation=implementation,
     )  # fmt: skip
     assert float(output.state.s_BDF[0, 0, 0]) == first**2 + 12 * later
+
+
+def test_a_state_below_the_last_bit_of_w0_is_read():
+    """S is 1/1,000 of W0: bf16 cannot add it to most entries, but the sums over many entries move by S z."""
+    rng = np.random.default_rng(0)
+    w_DF, z_CF = rng.standard_normal((64, 2048)), rng.standard_normal((128, 2048))
+    s_DF = rng.standard_normal((64, 4)) @ rng.standard_normal((4, 2048))
+    s_DF *= 1e-3 * np.linalg.norm(w_DF) / np.linalg.norm(s_DF)
+    signal_CD = z_CF @ s_DF.T
+
+    def moved(w_rounded_DF):
+        """By how much of S z the product with the rounded sum moves."""
+        read_C, z_bf16 = jnp.ones(128), jnp.asarray(z_CF, jnp.bfloat16)
+        chunk = chunked.Chunks(z_bf16, z_bf16, read_C, read_C, jnp.float32(1), jnp.float32(1))
+        sum_DF, alone_DF = (
+            np.asarray(chunked._read_matrix(jnp.asarray(w_rounded_DF, jnp.float32), jnp.asarray(s, jnp.float32), chunk))
+            for s in (s_DF, 0.0 * s_DF)
+        )
+        difference_CD = z_CF @ (sum_DF.astype(np.float64) - alone_DF).T
+        return np.sum(difference_CD * signal_CD) / np.sum(signal_CD**2)
+
+    assert abs(moved(w_DF) - 1) < 0.1
+    assert moved(jnp.asarray(w_DF, jnp.bfloat16)) < 0.8, "the measurement sees a W0 that was rounded before the sum"
 
 
 @pytest.mark.parametrize("transform", ["one_document", "row_norm_and_clip", "clip_and_spectral"])
@@ -187,8 +224,8 @@ def test_default_arguments_mean_ungated_and_fresh():
     leaves = jax.tree.map(jnp.asarray, leaves_of(case))
     segments_BT = jnp.asarray(case.segments_BT)
     arguments = (leaves["z"], leaves["v"], leaves["w_down"], segments_BT)
-    short = ttt.fast_weight_projection(*arguments, chunk_tokens=C, eta=leaves["eta"])
     state = ttt.init_state(3, 8, 12)
+    short = ttt.fast_weight_projection(*arguments, chunk_tokens=C, eta=leaves["eta"], state=state)
     full = ttt.fast_weight_projection(
         *arguments, chunk_tokens=C, eta=leaves["eta"], gates_BM=jnp.ones((3, 4)), state=state, implementation="chunked"
     )

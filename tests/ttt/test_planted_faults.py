@@ -62,14 +62,18 @@ CASE = BY_NAME["several_in_a_chunk"]
 def test_no_fault_passes():
     compare_values(CASE)
     gradients, _ = run(CASE)
-    for name in ("z", "v", "gates", "eta"):
+    for name in ("z", "v", "gates", "eta", "w_down"):
         compare_finite_differences(CASE, name, gradients)
 
 
 def test_an_inclusive_scan_is_caught(monkeypatch):
     """Update, then apply: the chunk reads what it has just written."""
-    read = chunked._read
-    monkeypatch.setattr(chunked, "_read", lambda s, chunk: read(s + chunked._raw_delta(chunk, jnp.asarray(0.3)), chunk))
+    matrix = chunked._read_matrix
+
+    def after_writing(w, s, chunk):
+        return matrix(w, s + chunked._raw_delta(chunk, jnp.asarray(0.3)), chunk)
+
+    monkeypatch.setattr(chunked, "_read_matrix", after_writing)
     with pytest.raises(AssertionError, match="error"):
         compare_values(BY_NAME["one_document"])
 
@@ -117,22 +121,27 @@ def test_a_transposed_target_projection_is_caught(monkeypatch):
 
 def test_a_backward_pass_without_its_suffix_scan_is_caught(monkeypatch):
     """Dropping what later chunks say about S leaves values right and gradients wrong."""
-    forward_rule, backward_rule = chunked._forward, chunked._backward
 
-    def shortened(transform, residuals, cotangents):
-        z, v, w, layout, *rest = residuals
-        cut = layout._replace(keeps_BM=jnp.zeros_like(layout.keeps_BM))
-        return backward_rule(transform, (z, v, w, cut, *rest), cotangents)
+    def forgetful(carried, other):
+        is_suffix = other.ndim == 2  # the gradient of W0; of the prefix scan it is that of z
+        return (0.0 * carried if is_suffix else carried), other
 
-    faulty = jax.custom_vjp(chunked.scan_chunks.fun, nondiff_argnums=(0,))
-    faulty.defvjp(forward_rule, shortened)
-    monkeypatch.setattr(api, "scan_chunks", faulty)
+    monkeypatch.setattr(chunked, "_in_order", forgetful)
     case = dataclasses.replace(BY_NAME["state_in"], rows=((16,), (16,), (16,)))
     compare_values(case)
     gradients, _ = run(case)
     for name in ("z", "v", "s_in", "gates", "eta"):
         with pytest.raises(AssertionError, match="error"):
             compare_finite_differences(case, name, gradients)
+
+
+def test_a_gradient_of_w0_without_the_documents_that_ended_is_caught(monkeypatch):
+    """Where the state is dropped, what its readers wanted of W0 must not be dropped with it."""
+    monkeypatch.setattr(chunked, "_ended_documents", lambda sums, *chunk: sums.dw_DF)
+    compare_values(CASE)
+    gradients, _ = run(CASE)
+    with pytest.raises(AssertionError, match="error"):
+        compare_finite_differences(CASE, "w_down", gradients)
 
 
 def test_a_gate_or_eta_that_is_ignored_is_caught(monkeypatch):
