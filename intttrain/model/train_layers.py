@@ -8,6 +8,7 @@ buffer per run of layers lies outside of both loops, and every layer writes what
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -49,7 +50,16 @@ def apply_layers(
     return carry, outputs
 
 
-train_layers = jax.custom_vjp(apply_layers, nondiff_argnums=(0, 1))
+def train_layers(
+    stages: tuple[Stage, ...], block: Block, carry: Tree, shared: Tree, layer_inputs: Tree, ttt_inputs: Tree
+) -> tuple[Tree, Tree]:
+    """``apply_layers`` with a gradient of its own; arguments and results as there."""
+    # Traced as one function: what ``jax.vjp`` keeps must not depend on which arguments happen to be known numbers.
+    apply = jax.jit(functools.partial(_train_layers, stages, block), inline=True)
+    return apply(carry, shared, layer_inputs, ttt_inputs)
+
+
+_train_layers = jax.custom_vjp(apply_layers, nondiff_argnums=(0, 1))
 
 
 def _stage_inputs(
@@ -192,7 +202,7 @@ def _backward(
     return dcarry, dshared, join(list(dlayers)), join([d for d in dttts if jax.tree.leaves(d)])
 
 
-train_layers.defvjp(_forward, _backward)
+_train_layers.defvjp(_forward, _backward)
 
 
 def _differentiable(x: jax.Array) -> bool:
