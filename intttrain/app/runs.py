@@ -22,7 +22,7 @@ import jax
 from intttrain.core.config import Config, as_dict, flatten, resolve, unflatten
 from intttrain.core.errors import UserError
 from intttrain.core.files import write_json
-from intttrain.core.sharding import named_shardings
+from intttrain.core.sharding import named_shardings, with_sharding
 from intttrain.data import Tokenizer, make_tokenizer, mixture_fingerprint, open_stores
 from intttrain.model import Params, abstract_params, logical_axes
 from intttrain.train import CheckpointInfo, Checkpoints, check_compatible
@@ -132,9 +132,7 @@ def _placed_params(config: Config, mesh: jax.sharding.Mesh | None) -> Params:
     params = abstract_params(config.model)
     if mesh is None:
         return params
-    shardings = named_shardings(mesh, logical_axes(config.model), params)
-    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
-    return jax.tree.map(place, params, shardings)
+    return jax.tree.map(with_sharding, params, named_shardings(mesh, logical_axes(config.model), params))
 
 
 def parameter_counts(config: Config) -> dict[str, int]:

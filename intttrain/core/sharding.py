@@ -169,11 +169,16 @@ def named_shardings(mesh: Mesh, axes: PyTree, abstract: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(sharding, abstract, axes)
 
 
+def with_sharding(leaf: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    """Returns the shape and dtype of ``leaf`` with a sharding."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
 def check_batch(config: Config, mesh: Mesh) -> None:
     """Checks that the rows of a microbatch, and the tokens of a row, can be cut over the mesh. Raises ``UserError``."""
     rows, pieces = config.train.batch_rows // config.train.microbatches, pieces_of(mesh, "batch")
     if rows % pieces:
-        choices = sorted({max(1, rows // pieces) * pieces, -(-rows // pieces) * pieces})
+        choices = _nearest_multiples(rows, pieces)
         raise UserError(
             f"train.batch_rows={config.train.batch_rows} in {config.train.microbatches} microbatches gives {rows} "
             f"rows, which data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} = {pieces} does not divide; use "
@@ -186,12 +191,16 @@ def check_evaluation(config: Config, mesh: Mesh) -> None:
     """Checks the same of the rows of an evaluation. Raises ``UserError``."""
     rows, pieces = config.eval.batch_rows, pieces_of(mesh, "batch")
     if rows % pieces:
-        choices = sorted({max(1, rows // pieces) * pieces, -(-rows // pieces) * pieces})
+        choices = _nearest_multiples(rows, pieces)
         raise UserError(
             f"data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} = {pieces} does not divide the rows of "
             f"eval.batch_rows={rows}; use eval.batch_rows={' or '.join(map(str, choices))}, or other axes of the mesh"
         )
     _check_tokens("eval.seq_len", config.eval.seq_len, config, mesh)
+
+
+def _nearest_multiples(rows: int, pieces: int) -> list[int]:
+    return sorted({max(1, rows // pieces) * pieces, -(-rows // pieces) * pieces})
 
 
 def _check_tokens(name: str, tokens: int, config: Config, mesh: Mesh) -> None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from intttrain.core.scan import scan
 
 Tree = Any
 # block(carry, layer inputs, TTT inputs or None) -> carry, layer outputs, TTT outputs or None
@@ -87,20 +89,37 @@ def scan_layers(
       The last carry and the stacked layer and TTT outputs (``None`` where a block returned none).
     """
     layer_parts, ttt_parts = [], []
-    layer_at, ttt_at = 0, 0
+    for stage, *inputs in stage_inputs(stages, layer_inputs, ttt_inputs):
+        body = _group_body(stage.runs, block)
+        carry, (layer_out, ttt_out) = scan(body, carry, tuple(inputs), stage.repeats)
+        layer_parts.append(unfold(layer_out))
+        if stage.ttt_layers:
+            ttt_parts.append(unfold(ttt_out))
+    return carry, join(layer_parts), join(ttt_parts)
+
+
+def stage_inputs(stages: tuple[Stage, ...], layer_inputs: Tree, ttt_inputs: Tree) -> Iterator[tuple[Stage, Tree, Tree]]:
+    """Yields each stage with its inputs, leading axes: repeats, layers of one repetition."""
+    layer_at = ttt_at = 0
     for stage in stages:
         layers, ttts = stage.repeats * stage.layers, stage.repeats * stage.ttt_layers
-        inputs = (
-            fold(cut(layer_inputs, layer_at, layers), stage.repeats),
-            fold(cut(ttt_inputs, ttt_at, ttts), stage.repeats),
+        yield (
+            stage,
+            _fold(_cut(layer_inputs, layer_at, layers), stage.repeats),
+            _fold(_cut(ttt_inputs, ttt_at, ttts), stage.repeats),
         )
-        body = _group_body(stage.runs, block)
-        carry, (layer_out, ttt_out) = scan(body, carry, inputs, stage.repeats)
-        layer_parts.append(unfold(layer_out))
-        if ttts:
-            ttt_parts.append(unfold(ttt_out))
         layer_at, ttt_at = layer_at + layers, ttt_at + ttts
-    return carry, join(layer_parts), join(ttt_parts)
+
+
+def run_inputs(runs: tuple[Run, ...], layer_inputs: Tree, ttt_inputs: Tree) -> list[tuple[Tree, Tree | None]]:
+    """Returns the inputs of each run of one repetition."""
+    found = []
+    layer_at = ttt_at = 0
+    for run in runs:
+        ttts = _cut(ttt_inputs, ttt_at, run.length) if run.has_ttt else None
+        found.append((_cut(layer_inputs, layer_at, run.length), ttts))
+        layer_at, ttt_at = layer_at + run.length, ttt_at + run.length * run.has_ttt
+    return found
 
 
 def _group_body(runs: tuple[Run, ...], block: Block) -> Callable[[Tree, Tree], tuple[Tree, Tree]]:
@@ -111,39 +130,22 @@ def _group_body(runs: tuple[Run, ...], block: Block) -> Callable[[Tree, Tree], t
         return carry, (layer_out, ttt_out)
 
     def body(carry: Tree, inputs: Tree) -> tuple[Tree, Tree]:
-        group_layers, group_ttts = inputs
         layer_parts, ttt_parts = [], []
-        layer_at, ttt_at = 0, 0
-        for run in runs:
-            layers = cut(group_layers, layer_at, run.length)
-            ttts = cut(group_ttts, ttt_at, run.length) if run.has_ttt else None
-            carry, (layer_out, ttt_out) = scan(step, carry, (layers, ttts), run.length)
+        for run, pair in zip(runs, run_inputs(runs, *inputs), strict=True):
+            carry, (layer_out, ttt_out) = scan(step, carry, pair, run.length)
             layer_parts.append(layer_out)
             if run.has_ttt:
                 ttt_parts.append(ttt_out)
-            layer_at, ttt_at = layer_at + run.length, ttt_at + run.length * run.has_ttt
         return carry, (join(layer_parts), join(ttt_parts))
 
     return body
 
 
-def scan(
-    body: Callable[[Tree, Tree], tuple[Tree, Tree]], carry: Tree, inputs: Tree, length: int, *, reverse: bool = False
-) -> tuple[Tree, Tree]:
-    """``lax.scan`` that does not wrap a loop around a single iteration."""
-    if length > 1:
-        return jax.lax.scan(body, carry, inputs, length=length, reverse=reverse)
-    carry, output = body(carry, jax.tree.map(lambda x: x[0], inputs))
-    return carry, jax.tree.map(lambda x: x[None], output)
-
-
-def cut(tree: Tree, start: int, count: int) -> Tree:
-    """Returns ``count`` entries of the leading axis."""
+def _cut(tree: Tree, start: int, count: int) -> Tree:
     return jax.tree.map(lambda x: jax.lax.slice_in_dim(x, start, start + count), tree)
 
 
-def fold(tree: Tree, repeats: int) -> Tree:
-    """Splits the leading axis in two, ``repeats`` first."""
+def _fold(tree: Tree, repeats: int) -> Tree:
     return jax.tree.map(lambda x: x.reshape(repeats, x.shape[0] // repeats, *x.shape[1:]), tree)
 
 

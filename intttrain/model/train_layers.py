@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from intttrain.model.stages import Run, Stage, cut, fold, join, scan, scan_layers, unfold
+from intttrain.core.scan import scan
+from intttrain.model.stages import Run, Stage, join, run_inputs, scan_layers, stage_inputs, unfold
 
 Tree = Any
 # block(carry, shared, layer inputs, TTT inputs or None) -> carry, TTT outputs (without gradient) or None
@@ -62,32 +63,6 @@ def train_layers(
 _train_layers = jax.custom_vjp(apply_layers, nondiff_argnums=(0, 1))
 
 
-def _stage_inputs(
-    stages: tuple[Stage, ...], layer_inputs: Tree, ttt_inputs: Tree
-) -> Iterator[tuple[Stage, Tree, Tree]]:
-    """Yields each stage with its inputs, leading axes: repeats, layers of one repetition."""
-    layer_at = ttt_at = 0
-    for stage in stages:
-        layers, ttts = stage.repeats * stage.layers, stage.repeats * stage.ttt_layers
-        yield (
-            stage,
-            fold(cut(layer_inputs, layer_at, layers), stage.repeats),
-            fold(cut(ttt_inputs, ttt_at, ttts), stage.repeats),
-        )
-        layer_at, ttt_at = layer_at + layers, ttt_at + ttts
-
-
-def _run_inputs(runs: tuple[Run, ...], layer_inputs: Tree, ttt_inputs: Tree) -> list[tuple[Tree, Tree | None]]:
-    """Returns the inputs of each run of one repetition."""
-    found = []
-    layer_at = ttt_at = 0
-    for run in runs:
-        ttts = cut(ttt_inputs, ttt_at, run.length) if run.has_ttt else None
-        found.append((cut(layer_inputs, layer_at, run.length), ttts))
-        layer_at, ttt_at = layer_at + run.length, ttt_at + run.length * run.has_ttt
-    return found
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Kept:
@@ -131,9 +106,9 @@ def _forward(
     stages: tuple[Stage, ...], block: Block, carry: Tree, shared: Tree, layer_inputs: Tree, ttt_inputs: Tree
 ) -> tuple[tuple[Tree, Tree], tuple[Any, ...]]:
     all_kept, outputs = [], []
-    for stage, layers, ttts in _stage_inputs(stages, layer_inputs, ttt_inputs):
+    for stage, layers, ttts in stage_inputs(stages, layer_inputs, ttt_inputs):
         one = jax.tree.map(lambda x: x[0], (layers, ttts))
-        runs = _run_inputs(stage.runs, *one)
+        runs = run_inputs(stage.runs, *one)
         kept = [
             _room(block, run, stage.repeats, carry, shared, *inputs)
             for run, inputs in zip(stage.runs, runs, strict=True)
@@ -144,7 +119,7 @@ def _forward(
             group_layers, group_ttts, number = inputs
             kept, found = list(kept), []
             for i, (run, (layers, ttts)) in enumerate(
-                zip(stage.runs, _run_inputs(stage.runs, group_layers, group_ttts), strict=True)
+                zip(stage.runs, run_inputs(stage.runs, group_layers, group_ttts), strict=True)
             ):
 
                 def layer_step(state: Tree, inputs: Tree) -> tuple[Tree, Tree]:
@@ -173,13 +148,13 @@ def _backward(
     dcarry, _ = cotangents
     dshared = jax.tree.map(lambda x: jnp.zeros_like(x) if _differentiable(x) else None, shared)
     parts = []
-    per_stage = list(zip(_stage_inputs(stages, layer_inputs, ttt_inputs), all_kept, strict=True))
+    per_stage = list(zip(stage_inputs(stages, layer_inputs, ttt_inputs), all_kept, strict=True))
     for (stage, layers, ttts), kept in reversed(per_stage):
 
         def group(state: Tree, inputs: Tree, stage: Stage = stage, kept: Any = kept) -> tuple[Tree, Tree]:
             group_layers, group_ttts, number = inputs
             found = []
-            runs = list(zip(stage.runs, _run_inputs(stage.runs, group_layers, group_ttts), kept, strict=True))
+            runs = list(zip(stage.runs, run_inputs(stage.runs, group_layers, group_ttts), kept, strict=True))
             for run, (layers, ttts), room in reversed(runs):
 
                 def layer_step(state: Tree, inputs: Tree, room: _Kept = room) -> tuple[Tree, Tree]:

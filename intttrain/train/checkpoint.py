@@ -35,6 +35,7 @@ from etils import epath
 
 from intttrain.core.config import CheckpointConfig
 from intttrain.core.errors import UserError
+from intttrain.core.sharding import with_sharding
 from intttrain.train.checksum import array_checksums
 
 PyTree = Any
@@ -421,8 +422,7 @@ def _without_params(named: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _restore_target(leaf: Any) -> jax.ShapeDtypeStruct:
-    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    return with_sharding(leaf, leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
 
 
 def _first_difference(wanted: Mapping[str, Any], table: Mapping[str, Mapping[str, Any]]) -> str:

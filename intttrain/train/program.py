@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from intttrain.core.compiler import compiler_options
 from intttrain.core.config import Config
 from intttrain.core.mesh import make_mesh
-from intttrain.core.sharding import check_batch, named_shardings, partition_spec, using_mesh
+from intttrain.core.sharding import check_batch, named_shardings, partition_spec, using_mesh, with_sharding
 from intttrain.data import Batch
 from intttrain.model import logical_axes
 from intttrain.train.optimizer import make_optimizer
@@ -94,13 +94,9 @@ def make_program(config: Config, devices: Sequence[jax.Device] | None = None) ->
             train_step, donate_argnums=0, in_shardings=(shardings, rows), out_shardings=(shardings, replicated),
             compiler_options=compiler_options(mesh.devices.flat[0]),
         ),
-        state=jax.tree.map(_with_sharding, state, shardings),
-        batch=jax.tree.map(lambda leaf: _with_sharding(leaf, rows), batch),
+        state=jax.tree.map(with_sharding, state, shardings),
+        batch=jax.tree.map(lambda leaf: with_sharding(leaf, rows), batch),
     )  # fmt: skip
-
-
-def _with_sharding(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _state_shardings(config: Config, mesh: Mesh, state: TrainState) -> dict[str, Any]:

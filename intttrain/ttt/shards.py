@@ -16,13 +16,13 @@ Letters: B row, C tokens per chunk, M chunks, D model width, F feed-forward widt
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from intttrain.core.scan import scan
 from intttrain.core.sharding import RULES, axis_size, constrain, gather_pieces, per_device, sum_over, sum_to_pieces
 from intttrain.ttt.chunked import (
     Chunks,
@@ -117,7 +117,7 @@ def _forward(
         def run(_: None, row: tuple[Array, Chunks]) -> tuple[None, tuple[Array, Forward]]:
             return None, forward_scan(options.transform, w_DF, eta, *row)
 
-        _, (s_end_RDF, found) = _each(run, None, (s_in_RDF, rows))
+        _, (s_end_RDF, found) = scan(run, None, (s_in_RDF, rows), s_in_RDF.shape[0])
         s_end_BDF = s_end_RDF if last_BDF is None else last_BDF
         kept_nBDF = None if s_in_BDF is None else s_in_BDF[None]
         return _shaped_as(batch, found), s_end_BDF if given else None, kept_nBDF
@@ -148,7 +148,8 @@ def _backward(options: Options, residuals: tuple[Any, ...], cotangents: Scanned)
         def run(dw_DF: Array, row: tuple[Any, ...]) -> tuple[Array, Gradients]:
             return backward_scans(options.transform, w_DF, eta, dw_DF, *row)
 
-        dw_DF, found = _each(run, empty_state(*w_DF.shape), (s_in_RDF, rows, do_RMCD, g_end_BDF))
+        inputs = (s_in_RDF, rows, do_RMCD, g_end_BDF)
+        dw_DF, found = scan(run, empty_state(*w_DF.shape), inputs, s_in_RDF.shape[0])
         dw_dF = sum_over(sum_to_pieces(dw_DF.astype(options.gradient_dtype), *_WEIGHT, 0), "data")
         deta = sum_over(jnp.sum(found.deta), *RULES["batch"], AXIS)
         ds_BDF = found.ds_in_DF if ds_first_BDF is None else ds_first_BDF
@@ -179,14 +180,6 @@ def _as_rows(s_in_BDF: Array | None, tree: Any) -> tuple[Array, Any]:
 def _shaped_as(batch: Chunks, tree: Any) -> Any:
     """Returns the leaves, R and chunks in front, with the B and M of the batch in front."""
     return jax.tree.map(lambda x: x.reshape(*batch.keep_M.shape, *x.shape[2:]), tree)
-
-
-def _each(run: Callable[[Any, Any], tuple[Any, Any]], carry: Any, rows: Any) -> tuple[Any, Any]:
-    """``lax.scan`` over R that does not wrap a loop around a single row."""
-    if jax.tree.leaves(rows)[0].shape[0] > 1:
-        return jax.lax.scan(run, carry, rows)
-    carry, found = run(carry, jax.tree.map(lambda x: x[0], rows))
-    return carry, jax.tree.map(lambda x: x[None], found)
 
 
 def exclusive_scan(
