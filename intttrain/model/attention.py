@@ -43,13 +43,18 @@ class Attention(nnx.Module):
         self.gradient_dtype = config.weight_gradient_dtype
 
     def project(self, x_BTD: Float[Array, "B T D"], rope: RopeTables) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Returns rotated queries (B T N H), rotated keys and values (B T K H)."""
+        """Returns rotated queries (B T N H), rotated keys and values (B T K H).
+
+        Pinned to their tokens: where attention brings rows together, XLA would rotate the gradients of whole rows.
+        """
         q_BTNH = self._head_projection(x_BTD, self.q, "heads")
         k_BTKH, v_BTKH = (self._head_projection(x_BTD, weight, "kv_heads") for weight in (self.k, self.v))
         if self.has_qk_norm:
             q_BTNH = rms_norm(q_BTNH, self.q_norm[...], self.norm_eps)
             k_BTKH = rms_norm(k_BTKH, self.k_norm[...], self.norm_eps)
-        return rotate(q_BTNH, rope), rotate(k_BTKH, rope), v_BTKH
+        q_BTNH = constrain(rotate(q_BTNH, rope), "batch", "tokens", "heads", "head_dim")
+        k_BTKH = constrain(rotate(k_BTKH, rope), "batch", "tokens", "kv_heads", "head_dim")
+        return q_BTNH, k_BTKH, v_BTKH
 
     def _head_projection(self, x_BTD: jax.Array, weight: nnx.Param, heads: str) -> jax.Array:
         by_head = linear("btd,dnh->btnh", x_BTD, weight, self.gradient_dtype)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,38 +22,10 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jaxtyping import Array, Float, Int
 
-from intttrain.core.sharding import axis_size, constrain, device_kind, per_device
+from intttrain.core.sharding import axis_size, constrain, per_device
+from intttrain.model.splash_blocks import choose_blocks
 
 TOKEN_MULTIPLE = 128  # the smallest block of the kernel
-
-
-class Blocks(NamedTuple):
-    """Tokens of a block of queries and of keys; the forward kernel computes ``compute`` keys at once."""
-
-    q: int
-    kv: int
-    compute: int
-    dkv: int
-    dq: int
-
-
-# Chosen by the static profiles of ``python -m intttrain.planner.profile_kernels`` (``planner/attention_cost.py`` has
-# them all). Blocks on the diagonal are computed whole, so large ones pay only in long rows without a window: on v5p
-# forward .75 -> .815 of the peak, backward .91 -> .95 and .88 -> .93, for 3 % more work at 32768 tokens, 11 % at 8192.
-_BLOCKS = Blocks(1024, 1024, 512, 1024, 1024)
-_LONG_ROW = 32768
-_LONG_ROW_BLOCKS = {  # device_kind -> blocks; .5 of the peak is the best of v6e, half of whose matrix unit 128 fill
-    "TPU v5": Blocks(2048, 2048, 512, 2048, 2048),  # v5p
-    "TPU v5 lite": Blocks(1024, 2048, 512, 2048, 1024),  # v5e: .80 -> .84, .95 -> .97, .92
-    "TPU v6 lite": Blocks(1024, 2048, 512, 1024, 1024),  # v6e: .26 -> .28, .40, .34
-}
-
-
-def choose_blocks(seq_len: int, window: int | None) -> Blocks:
-    """Returns the blocks for rows on the devices of this program; each divides ``seq_len``."""
-    long = window is None and seq_len >= _LONG_ROW
-    chosen = _LONG_ROW_BLOCKS.get(device_kind(), _BLOCKS) if long else _BLOCKS
-    return Blocks(*(math.gcd(seq_len, size) for size in chosen))
 
 
 def supports(seq_len: int, head_dim: int) -> str:
@@ -148,11 +120,12 @@ def _make_kernel(make: Callable[..., Any], seq_len: int, heads: int, window: int
 
     What it keeps for the backward pass carries the name "attention" (remat).
     """
-    blocks = choose_blocks(seq_len, window)
+    forward, backward = choose_blocks(seq_len, seq_len, window)
+    apart = {} if window is None else {"block_q_dq": backward.q, "block_kv_dq": backward.kv}
     sizes = kernel.BlockSizes(
-        block_q=blocks.q, block_kv=blocks.kv, block_kv_compute=blocks.compute,
-        block_q_dkv=blocks.dkv, block_kv_dkv=blocks.dkv, block_kv_dkv_compute=blocks.dkv,
-        block_q_dq=blocks.dq, block_kv_dq=blocks.dq,
+        block_q=forward.q, block_kv=forward.kv, block_kv_compute=forward.compute,
+        block_q_dkv=backward.q, block_kv_dkv=backward.kv, block_kv_dkv_compute=backward.compute,
+        use_fused_bwd_kernel=window is None, **apart,
     )  # fmt: skip
     mask = masks.MultiHeadMask([BandMask(seq_len, window)] * heads)
     return make(

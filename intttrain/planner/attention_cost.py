@@ -9,6 +9,8 @@ Time of one call = (computed blocks x time of a block + skipped grid steps x tim
   a block of queries does about as many FLOPs per byte as it has rows, 256 is enough on every chip.
 - Of two TensorCores in one device (v4, v5p) both work only along "parallel" grid dimensions: the heads of the forward
   kernel, and in the backward kernels nothing but what was added with ``jax.vmap``.
+- The backward kernel that computes all gradients writes a part of dq in every step, skipped ones included; XLA's sum of
+  the parts has an estimate of its own.
 """
 
 from __future__ import annotations
@@ -51,6 +53,10 @@ EFFICIENCY: Mapping[str, Mapping[str, Mapping[Blocks, float]]] = types.MappingPr
                 Blocks(1024, 1024, 512): 0.750, Blocks(1024, 1024, 1024): 0.664, Blocks(1024, 2048, 512): 0.800,
                 Blocks(2048, 1024, 512): 0.774, Blocks(2048, 2048, 512): 0.815, Blocks(2048, 2048, 2048): 0.662,
             },
+            "bwd": {
+                Blocks(1024, 1024, 1024): 0.916, Blocks(1024, 2048, 1024): 0.936, Blocks(1024, 4096, 1024): 0.963,
+                Blocks(2048, 2048, 2048): 0.954, Blocks(2048, 4096, 1024): 0.973,
+            },
             "dkv": {
                 Blocks(256, 256, 256): 0.358, Blocks(512, 512, 512): 0.762, Blocks(512, 1024, 512): 0.854,
                 Blocks(1024, 512, 512): 0.854, Blocks(1024, 1024, 512): 0.908, Blocks(1024, 1024, 1024): 0.909,
@@ -67,6 +73,10 @@ EFFICIENCY: Mapping[str, Mapping[str, Mapping[Blocks, float]]] = types.MappingPr
                 Blocks(1024, 2048, 512): 0.844,
                 Blocks(2048, 2048, 2048): 0.684,
             },
+            "bwd": {
+                Blocks(1024, 1024, 512): 0.954, Blocks(1024, 1024, 1024): 0.950, Blocks(1024, 2048, 512): 0.966,
+                Blocks(1024, 4096, 512): 0.980, Blocks(2048, 2048, 512): 0.975, Blocks(2048, 4096, 1024): 0.980,
+            },
             "dkv": {
                 Blocks(512, 512, 512): 0.856, Blocks(1024, 1024, 1024): 0.947, Blocks(2048, 2048, 2048): 0.972,
             },
@@ -78,6 +88,10 @@ EFFICIENCY: Mapping[str, Mapping[str, Mapping[Blocks, float]]] = types.MappingPr
             "fwd": {
                 Blocks(512, 512, 512): 0.216, Blocks(1024, 1024, 512): 0.255, Blocks(1024, 1024, 1024): 0.201,
                 Blocks(1024, 2048, 512): 0.276, Blocks(2048, 2048, 2048): 0.195,
+            },
+            "bwd": {
+                Blocks(1024, 1024, 512): 0.394, Blocks(1024, 1024, 1024): 0.398, Blocks(1024, 2048, 1024): 0.413,
+                Blocks(1024, 4096, 1024): 0.422, Blocks(2048, 2048, 512): 0.421, Blocks(2048, 4096, 1024): 0.439,
             },
             "dkv": {
                 Blocks(512, 512, 512): 0.308, Blocks(512, 2048, 512): 0.365, Blocks(1024, 1024, 1024): 0.396,
@@ -91,6 +105,10 @@ EFFICIENCY: Mapping[str, Mapping[str, Mapping[Blocks, float]]] = types.MappingPr
             "fwd": {
                 Blocks(512, 512, 512): 0.174, Blocks(1024, 1024, 512): 0.241, Blocks(1024, 1024, 1024): 0.191,
             },
+            "bwd": {
+                Blocks(1024, 1024, 512): 0.404, Blocks(1024, 1024, 1024): 0.400, Blocks(1024, 2048, 512): 0.420,
+                Blocks(1024, 4096, 512): 0.430, Blocks(2048, 2048, 512): 0.441,
+            },
             "dkv": {
                 Blocks(512, 512, 512): 0.257, Blocks(1024, 1024, 1024): 0.398,
             },
@@ -103,7 +121,7 @@ EFFICIENCY: Mapping[str, Mapping[str, Mapping[Blocks, float]]] = types.MappingPr
 
 # Cycles of a grid step whose block is skipped, on one TensorCore: the same profile with the block table, whose bodies
 # then count nothing (``--skipped --chip=v5p --blocks=512``). Taken for all chips and blocks.
-STEP_CYCLES: Mapping[str, float] = types.MappingProxyType({"fwd": 352.0, "dkv": 575.0, "dq": 458.0})
+STEP_CYCLES: Mapping[str, float] = types.MappingProxyType({"fwd": 352.0, "bwd": 700.0, "dkv": 575.0, "dq": 458.0})
 
 # Chips without measurements of their own, and whose they take.
 _NEAREST: Mapping[str, str] = types.MappingProxyType({"v4": "v5p"})
@@ -120,7 +138,7 @@ class AttentionCall(NamedTuple):
     """What the text says about one call of a splash kernel on one device.
 
     Attributes:
-      kind: "fwd", "dkv" or "dq".
+      kind: "fwd", "bwd" (all gradients), "dkv" or "dq".
       blocks: tokens of a block.
       heads: query heads of all rows.
       parallel: independent pieces along "parallel" grid dimensions.
@@ -170,7 +188,7 @@ def _operand_shapes(instruction: Instruction) -> list[Shape]:
 
 
 def read_call(instruction: Instruction) -> AttentionCall | None:
-    """Reads a call of a splash kernel; None for anything else, other layouts and the fused backward kernel included."""
+    """Reads a call of a splash kernel; None for anything else, other layouts included."""
     found = _NAME.match(kernel_name(instruction)) if is_kernel(instruction) else None
     settings = kernel_settings(instruction)
     layouts = {settings.get(f"{letter}_layout", 1) for letter in "qkv"}  # 1: head dim last
@@ -184,17 +202,19 @@ def read_call(instruction: Instruction) -> AttentionCall | None:
         return None
     blocks = Blocks(*sizes)  # type: ignore[arg-type]  # integers, as just checked
     q, k, v = (shape.dims for shape in floats[:3])
-    if any(len(result.dims) > len(q) for result in instruction.shape.elements):  # dq of every block of keys: fused
-        return None
+    if any(len(result.dims) > len(q) for result in instruction.shape.elements):  # parts of dq
+        kind = "bwd"
     queries, keys, depth, depth_v = q[-2], k[-2], q[-1], v[-1]
     rows, columns = queries // blocks.q, keys // blocks.kv
-    lines, longest = (columns, rows) if kind == "dkv" else (rows, columns)
+    by_keys = kind in ("bwd", "dkv")
+    lines, longest = (columns, rows) if by_keys else (rows, columns)
     computed = steps = rows * columns
     if shapes[0].dtype.startswith("s") and len(shapes[0].dims) >= 3:  # the block table; without it there is no mask
-        width = min(longest, shapes[0].dims[-2] if kind == "dkv" else shapes[0].dims[-1])
+        width = min(longest, shapes[0].dims[-2] if by_keys else shapes[0].dims[-1])
         steps = lines * width
-        computed = causal_blocks(queries, keys, width, blocks, by_keys=kind == "dkv")
-    per_score = {"fwd": depth + depth_v, "dkv": 2 * (depth + depth_v), "dq": 2 * depth + depth_v}[kind]
+        computed = causal_blocks(queries, keys, width, blocks, by_keys=by_keys)
+    products = {"fwd": (1, 1), "bwd": (3, 2), "dkv": (2, 2), "dq": (2, 1)}[kind]
+    per_score = products[0] * depth + products[1] * depth_v
     heads = math.prod(q[:-2])
     parallel = heads if kind == "fwd" else math.prod(q[:-3])
     return AttentionCall(kind, blocks, heads, parallel, computed, steps, 2 * per_score)

@@ -31,7 +31,7 @@ from intttrain.core import hardware
 from intttrain.core.compiler import compiler_options
 
 _TOPOLOGY = {"v4": "v4:2x2x1", "v5p": "v5p:2x2x1", "v5e": "v5e:2x2", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
-_DOTS = {"fwd": 2, "dkv": 4, "dq": 3}
+_DOTS = {"fwd": 2, "bwd": 5, "dkv": 4, "dq": 3}
 _BLOCKS = ("256", "512", "1024", "2048", "1024/2048/512")
 _HEADS, _DEPTH = 2, 128  # one key head for each core of a device
 _ESTIMATE = re.compile(r'hlo_op_name: "(\S+)"\s+estimated_cycles: (\d+)')
@@ -44,18 +44,18 @@ def read_blocks(text: str) -> tuple[int, int, int]:
     return q, kv, compute
 
 
-def _kernel(tokens: int, q: int, kv: int, compute: int, *, skipped: bool) -> splash.SplashAttentionKernel:
+def _kernel(kind: str, tokens: int, q: int, kv: int, compute: int, *, skipped: bool) -> splash.SplashAttentionKernel:
+    apart = {} if kind == "bwd" else {"block_q_dq": q, "block_kv_dq": kv}
     sizes = splash.BlockSizes(
         block_q=q, block_kv=kv, block_kv_compute=compute,
-        block_q_dkv=q, block_kv_dkv=kv, block_kv_dkv_compute=compute,
-        block_q_dq=q, block_kv_dq=kv,
+        block_q_dkv=q, block_kv_dkv=kv, block_kv_dkv_compute=compute, use_fused_bwd_kernel=not apart, **apart,
     )  # fmt: skip
     mask = masks.MultiHeadMask([masks.CausalMask((tokens, tokens))])
     made = splash.make_splash_mqa(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1)
     if skipped:
         return made
     infos = [
-        info._replace(data_next=None, mask_next=None, block_mask=None)
+        info and info._replace(data_next=None, mask_next=None, block_mask=None)
         for info in (made.fwd_mask_info, made.dq_mask_info, made.dkv_mask_info)
     ]
     return splash.SplashAttentionKernel(*infos, **made.kwargs)
@@ -71,14 +71,14 @@ def compile_kernel(chip: str, kind: str, blocks: tuple[int, int, int], tokens: i
     hardware.prepare_topology_compilation()
     devices = topologies.get_topology_desc(platform="tpu", topology_name=_TOPOLOGY[chip]).devices
     everywhere = NamedSharding(Mesh(np.array(devices[:1]), ("one",)), PartitionSpec())
-    attend = jax.vmap(_kernel(tokens, *blocks, skipped=skipped), in_axes=(0, 0, 0, None))
+    attend = jax.vmap(_kernel(kind, tokens, *blocks, skipped=skipped), in_axes=(0, 0, 0, None))
 
     def run(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, do: jax.Array) -> object:
         o, pullback = jax.vjp(lambda *qkv: attend(*qkv, splash.SegmentIds(segment_ids, segment_ids)), q, k, v)
         if kind == "fwd":
             return o, pullback
         dq, dk, dv = pullback(do)
-        return dq if kind == "dq" else (dk, dv)
+        return {"bwd": (dq, dk, dv), "dkv": (dk, dv), "dq": dq}[kind]
 
     q = jax.ShapeDtypeStruct((_HEADS, 1, tokens, _DEPTH), jnp.bfloat16, sharding=everywhere)
     k = jax.ShapeDtypeStruct((_HEADS, tokens, _DEPTH), jnp.bfloat16, sharding=everywhere)
@@ -97,7 +97,8 @@ def core_cycles(chip: str, kind: str, blocks: tuple[int, int, int], tokens: int,
             capture_output=True, check=False,
         )  # fmt: skip
         found = dict(_ESTIMATE.findall("".join(path.read_text() for path in Path(folder).glob("*.textproto"))))
-    cycles = [int(n) for name, n in found.items() if f"_{kind}_" in name]
+    wanted = "_dkv_" if kind == "bwd" else f"_{kind}_"
+    cycles = [int(n) for name, n in found.items() if wanted in name]
     figures = hardware.CHIPS[chip]
     return cycles[0] * (figures.tensor_cores // figures.devices) / _HEADS if cycles else None
 
@@ -122,7 +123,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Prints a line per kernel and blocks."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--chip", choices=sorted(_TOPOLOGY), required=True)
-    parser.add_argument("--kernels", default="fwd,dkv,dq", help="separated by commas")
+    parser.add_argument(
+        "--kernels", default="fwd,bwd,dkv,dq", help="separated by commas; bwd: dq beside dkv in one kernel"
+    )
     parser.add_argument("--blocks", default=",".join(_BLOCKS), help="queries/keys/keys at once, separated by commas")
     parser.add_argument("--skipped", action="store_true", help="the cost of a grid step that skips its block")
     parser.add_argument("--compile-only", type=int, metavar="TOKENS", help="compile one kernel and print nothing")

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from intttrain.core.errors import UserError
-from intttrain.model import splash
+from intttrain.model import splash_blocks
 from intttrain.model.attention import attend, causal_mask, dense_attention
-from intttrain.model.splash import BandMask, choose_blocks, kernel, masks, splash_attention, supports
+from intttrain.model.splash import BandMask, kernel, masks, splash_attention, supports
+from intttrain.model.splash_blocks import choose_blocks
 from tests.model.test_causality import CONFIG
 
 T, N, K, H = 256, 4, 2, 128
@@ -80,9 +81,13 @@ def test_blocks_are_chosen_as_with_the_masks_of_the_library(make, window):
 
 
 def test_blocks_divide_the_row_and_grow_with_it(monkeypatch):
-    for seq_len in (128, 384, 1536, 8192, 33024):
-        blocks = choose_blocks(seq_len, None)
-        assert all(seq_len % size == 0 for size in blocks) and blocks.kv % blocks.compute == 0
-    monkeypatch.setattr(splash, "device_kind", lambda: "TPU v5")
-    assert choose_blocks(32768, None).q == 2048
-    assert choose_blocks(32768, 2048) == choose_blocks(8192, None)  # large blocks are wasted on a window
+    for kind in ("cpu", *splash_blocks._LONG):
+        monkeypatch.setattr(splash_blocks, "device_kind", lambda kind=kind: kind)
+        for seq_len in (128, 384, 1536, 8192, 33024, 131072 + 384):
+            for tile in choose_blocks(seq_len, seq_len // 2, None):
+                assert seq_len // 2 % tile.q == seq_len % tile.kv == tile.kv % tile.compute == 0
+    monkeypatch.setattr(splash_blocks, "device_kind", lambda: "TPU v5")
+    assert choose_blocks(32768, 32768, None).forward.q == 2048
+    assert choose_blocks(131072, 32768, None).backward.kv == 4096
+    # large blocks are wasted on a window
+    assert choose_blocks(131072, 131072, 2048) == choose_blocks(8192, 8192, None)

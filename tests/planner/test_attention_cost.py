@@ -44,7 +44,9 @@ def _touched(block_q: int, block_kv: int, window: int | None, tokens: int = TOKE
 
 
 @functools.cache
-def _calls(blocks: Blocks, window: int | None, rows: int, over_key_heads: bool) -> dict[str, AttentionCall]:
+def _calls(
+    blocks: Blocks, window: int | None, rows: int, over_key_heads: bool, apart: bool
+) -> dict[str, AttentionCall]:
     """The kernels of one attention and its gradient, compiled for one v5p with ``rows`` rows."""
     mesh = topologies.make_mesh(topology("v5p:2x2x1"), (4,), ("data",))
     shape = (TOKENS, TOKENS)
@@ -55,7 +57,7 @@ def _calls(blocks: Blocks, window: int | None, rows: int, over_key_heads: bool) 
     sizes = splash_attention_kernel.BlockSizes(
         block_q=q, block_kv=kv, block_kv_compute=compute,
         block_q_dkv=q, block_kv_dkv=kv, block_kv_dkv_compute=compute,
-        block_q_dq=q, block_kv_dq=kv,
+        use_fused_bwd_kernel=not apart, **({"block_q_dq": q, "block_kv_dq": kv} if apart else {}),
     )  # fmt: skip
     make = splash_attention_kernel.make_splash_mqa if over_key_heads else splash_attention_kernel.make_splash_mha
     heads = HEADS // KEY_HEADS if over_key_heads else HEADS
@@ -83,25 +85,28 @@ def _calls(blocks: Blocks, window: int | None, rows: int, over_key_heads: bool) 
 
 
 @pytest.mark.parametrize(
-    ("blocks", "window", "rows", "over_key_heads"),
+    ("blocks", "window", "rows", "over_key_heads", "apart"),
     [
-        (Blocks(256, 256, 256), None, 1, False),
-        (Blocks(128, 256, 128), None, 2, False),
-        (Blocks(256, 128, 128), None, 1, True),
-        (Blocks(128, 128, 128), 300, 2, True),
+        (Blocks(256, 256, 256), None, 1, False, True),
+        (Blocks(128, 256, 128), None, 2, False, False),
+        (Blocks(256, 128, 128), None, 1, True, False),
+        (Blocks(128, 128, 128), 300, 2, True, True),
     ],
 )
-def test_flops_of_compiled_kernels_are_those_counted_by_hand(blocks, window, rows, over_key_heads):
-    calls = _calls(blocks, window, rows, over_key_heads)
+def test_flops_of_compiled_kernels_are_those_counted_by_hand(blocks, window, rows, over_key_heads, apart):
+    calls = _calls(blocks, window, rows, over_key_heads, apart)
     touched = _touched(blocks.q, blocks.kv, window)
-    for kind, matmuls in {"fwd": 2, "dkv": 4, "dq": 3}.items():
+    matmuls_of = {"fwd": 2} | ({"dkv": 4, "dq": 3} if apart else {"bwd": 5})
+    assert set(calls) == set(matmuls_of)
+    for kind, matmuls in matmuls_of.items():
         call = calls[kind]
         assert call.blocks[:2] == blocks[:2]
         assert call.computed == touched <= call.steps, kind
         assert call.flops == rows * HEADS * touched * blocks.q * blocks.kv * matmuls * 2 * DEPTH, kind
-    assert calls["dkv"].blocks.compute == calls["fwd"].blocks.compute == blocks.compute
+    backward = [calls[kind] for kind in matmuls_of if kind != "fwd"]
+    assert backward[0].blocks.compute == calls["fwd"].blocks.compute == blocks.compute
     assert calls["fwd"].parallel == rows * HEADS
-    assert calls["dq"].parallel == calls["dkv"].parallel == rows * (KEY_HEADS if over_key_heads else 1)
+    assert {call.parallel for call in backward} == {rows * (KEY_HEADS if over_key_heads else 1)}
 
 
 @pytest.mark.parametrize("blocks", [Blocks(128, 256, 256), Blocks(256, 128, 128)])
@@ -121,7 +126,7 @@ CALL = AttentionCall("dkv", Blocks(512, 512, 512), heads=8, parallel=2, computed
 
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
-@pytest.mark.parametrize("kind", ["fwd", "dkv", "dq"])
+@pytest.mark.parametrize("kind", ["fwd", "bwd", "dkv", "dq"])
 def test_prices_are_positive_and_grow(chip, kind):
     def cycles(**changes):
         return attention_cycles(chip, CALL._replace(kind=kind, **changes)).cycles
@@ -160,7 +165,7 @@ def test_what_was_not_measured_is_called_assumed():
 def test_efficiencies_are_below_the_peak():
     values = [e for chip in EFFICIENCY.values() for kind in chip.values() for e in kind.values()]
     assert values and all(0.02 < e < 1 for e in values)
-    assert all(set(kinds) == {"fwd", "dkv", "dq"} for kinds in EFFICIENCY.values())
+    assert all(set(kinds) == {"fwd", "bwd", "dkv", "dq"} for kinds in EFFICIENCY.values())
 
 
 # --- other kernels -------------------------------------------------------------------------------------------------
@@ -191,6 +196,11 @@ def _dkv(**changes) -> Instruction:
     return _custom_call(**(given | changes))
 
 
+def test_a_kernel_that_also_writes_parts_of_dq_has_five_products():
+    call = read_call(_dkv(results=f"(bf16[2,4,512,128]{{3,2,1,0}}, {K}, {K})"))
+    assert (call.kind, call.computed, call.flops) == ("bwd", 3, 3 * 256 * 256 * 4 * 5 * 2 * 128)
+
+
 def test_a_kernel_without_a_block_table_computes_every_block():
     assert read_call(_dkv()).computed == 3
     call = read_call(_dkv(operands=f"{Q}, {K}, {K}, s32[8,512]{{1,0}}"))
@@ -204,7 +214,6 @@ def test_a_kernel_without_a_block_table_computes_every_block():
         {"name": "my_kernel"},
         {"settings": {}},
         {"settings": DKV_SETTINGS | {"q_layout": 2}},
-        {"results": f"(bf16[2,4,512,128]{{3,2,1,0}}, {K}, {K})"},  # the fused backward kernel writes dq too
         {"operands": "s32[]"},
     ],
     ids=str,

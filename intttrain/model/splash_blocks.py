@@ -1,0 +1,73 @@
+"""How many tokens the blocks of the splash kernels have: one table per chip and row length.
+
+The part of the peak that a block reaches is a static profile of ``python -m intttrain.planner.profile_kernels``
+(``planner/attention_cost.py`` has more of them). Blocks on the diagonal are computed whole, so a row of T tokens has
+1 + block / T times the scores that it needs, and large blocks pay only in long rows without a window.
+
+The backward pass is one kernel that computes scores and their gradients once: five products, where two kernels have
+seven. It writes a part of the queries' gradient for every block of keys, in the compute dtype, and XLA adds them up: of
+a head of 128 in bf16 17 MB at 8192 tokens, 1 GB at 131072. It walks the whole square, so with a window the gradient of
+the queries is a kernel of its own.
+"""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from intttrain.core.sharding import device_kind
+
+
+class Tile(NamedTuple):
+    """Tokens of a block of queries and of keys; the kernel computes ``compute`` keys at once."""
+
+    q: int
+    kv: int
+    compute: int
+
+
+class Blocks(NamedTuple):
+    """Blocks of the forward and of the backward kernel."""
+
+    forward: Tile
+    backward: Tile
+
+
+_SHORT = Blocks(Tile(1024, 1024, 512), Tile(1024, 1024, 1024))  # v5p: .75, .92; v5e: .80, .95; v6e: .26, .40
+# device_kind -> shortest row of such blocks, longest first. Of v6e and tpu7x .5 is the best: a head dim of 128 fills half
+# of their matrix unit.
+_LONG: Mapping[str, tuple[tuple[int, Blocks], ...]] = types.MappingProxyType(
+    {
+        "TPU v5": (  # v5p: .82, .97 and .95
+            (131072, Blocks(Tile(2048, 2048, 512), Tile(2048, 4096, 1024))),
+            (32768, Blocks(Tile(2048, 2048, 512), Tile(2048, 2048, 2048))),
+        ),
+        "TPU v5 lite": (  # v5e: .84, .98 and .95
+            (131072, Blocks(Tile(1024, 2048, 512), Tile(2048, 4096, 1024))),
+            (32768, Blocks(Tile(1024, 2048, 512), Tile(1024, 1024, 512))),
+        ),
+        "TPU v6 lite": (  # v6e: .28, .44 and .42
+            (131072, Blocks(Tile(1024, 2048, 512), Tile(2048, 4096, 1024))),
+            (32768, Blocks(Tile(1024, 2048, 512), Tile(2048, 2048, 512))),
+        ),
+    }
+)
+
+
+def choose_blocks(keys: int, queries: int, window: int | None) -> Blocks:
+    """Returns the blocks for the devices of this program; each divides the tokens that it cuts.
+
+    Args:
+      keys: tokens that are attended to.
+      queries: tokens that attend, or of every piece of them that is consecutive in the row.
+      window: how many tokens a query sees; ``None`` for all before it.
+    """
+    lengths = _LONG.get(device_kind(), ()) if window is None else ()
+    chosen = next((blocks for shortest, blocks in lengths if keys >= shortest), _SHORT)
+
+    def fit(tile: Tile) -> Tile:
+        return Tile(math.gcd(queries, tile.q), math.gcd(keys, tile.kv), math.gcd(keys, tile.compute))
+
+    return Blocks(fit(chosen.forward), fit(chosen.backward))
