@@ -71,7 +71,7 @@ def train(config: Config, workdir: Path, *, stop_at_step: int | None, report: Ca
     """
     program = make_program(config)
     identity = make_identity(config)
-    dataset = make_row_dataset(config.data, config.model.vocab_size)
+    dataset = make_row_dataset(config.data, config.model.vocab_size, program.local_ranges)
     on_first_process(lambda: claim_workdir(workdir, identity))
     with (
         _Interrupts(config) as interrupts,

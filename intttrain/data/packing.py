@@ -27,6 +27,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from intttrain.core.errors import UserError, nearest_divisors
+from intttrain.core.row_order import Ranges
 from intttrain.data.batch import Batch
 from intttrain.data.permutation import permutation
 from intttrain.data.store import TokenStore
@@ -44,6 +45,8 @@ class _Pieces:
       begin_k, end_k: columns of the row, half open.
       source_k: place in ``tokens_N`` of the token at ``begin_k``.
       last_k: place in ``tokens_N`` of the document's last token.
+      segment_k: segment id of the document.
+      position_k: position of the token at ``begin_k``.
     """
 
     document_k: np.ndarray
@@ -51,10 +54,12 @@ class _Pieces:
     end_k: np.ndarray
     source_k: np.ndarray
     last_k: np.ndarray
+    segment_k: np.ndarray
+    position_k: np.ndarray
 
 
 class PackedRows:
-    """Random access to the packed rows of one store; reading a row costs O(log n + T).
+    """Random access to the packed rows of one store, whole or in parts; reading T tokens costs O(log n + T).
 
     Holds 16 bytes per document in memory. Safe to read from several threads.
 
@@ -88,8 +93,14 @@ class PackedRows:
 
     def __getitem__(self, row: int) -> Batch:
         """Returns row ``row`` as a ``Batch`` of arrays of shape [T]. Raises ``IndexError`` outside 0..len - 1."""
-        pieces = self._pieces(row)
-        return _read_row(self.store, pieces, self.seq_len)
+        return self.read(row, ((0, self.seq_len),))
+
+    def read(self, row: int, ranges: Ranges) -> Batch:
+        """Returns the columns ``ranges`` of row ``row``, one range after the other, and reads no other tokens.
+
+        All values are those of the whole row. Raises ``IndexError`` outside 0..len - 1.
+        """
+        return _read_row(self.store, _within(self._pieces(row), ranges), sum(stop - start for start, stop in ranges))
 
     def documents(self, row: int) -> np.ndarray:
         """Returns the store indices of the documents in ``row``, shape [k], from left to right."""
@@ -114,7 +125,9 @@ class PackedRows:
         last_k = np.asarray(self.store.offsets_n[document_k + 1]) - 1
         begin_k = np.maximum(starts_k, 0)
         end_k = np.minimum(starts_k + (last_k - source_k + 1), self.seq_len)
-        return _Pieces(document_k, begin_k, end_k, source_k + (begin_k - starts_k), last_k)
+        segment_k = np.arange(1, len(document_k) + 1)
+        source_k = source_k + (begin_k - starts_k)
+        return _Pieces(document_k, begin_k, end_k, source_k, last_k, segment_k, np.zeros_like(begin_k))
 
 
 def document_row(store: TokenStore, index: int, seq_len: int) -> Batch:
@@ -126,6 +139,8 @@ def document_row(store: TokenStore, index: int, seq_len: int) -> Batch:
         end_k=np.array([min(end - first, seq_len)]),
         source_k=np.array([first]),
         last_k=np.array([end - 1]),
+        segment_k=np.array([1]),
+        position_k=np.array([0]),
     )
     return _read_row(store, pieces, seq_len)
 
@@ -148,14 +163,33 @@ def stack_rows(rows: Sequence[Batch]) -> Batch:
     return Batch(**{name: np.stack([getattr(row, name) for row in rows]) for name in names})
 
 
+def _within(pieces: _Pieces, ranges: Ranges) -> _Pieces:
+    """Returns what of ``pieces`` stands in ``ranges``, at its columns among these ranges put one after the other."""
+    parts, column = [], 0
+    for start, stop in ranges:
+        first, end = np.searchsorted(pieces.end_k, start, side="right"), np.searchsorted(pieces.begin_k, stop)
+        part = _Pieces(*(getattr(pieces, field.name)[first:end] for field in dataclasses.fields(_Pieces)))
+        begin_k = np.maximum(part.begin_k, start)
+        cut_k = begin_k - part.begin_k
+        parts.append(
+            dataclasses.replace(
+                part, begin_k=begin_k - start + column, end_k=np.minimum(part.end_k, stop) - start + column,
+                source_k=part.source_k + cut_k, position_k=part.position_k + cut_k,
+            )
+        )  # fmt: skip
+        column += stop - start
+    names = [field.name for field in dataclasses.fields(_Pieces)]
+    return _Pieces(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+
+
 def _read_row(store: TokenStore, pieces: _Pieces, seq_len: int) -> Batch:
     """Fills one row; the work is a handful of array operations however many documents it holds."""
     counts_k = pieces.end_k - pieces.begin_k
     # `at_S` are the S columns that hold a token; everything with suffix S is aligned with it.
     before_S = np.repeat(np.cumsum(counts_k) - counts_k, counts_k)
-    position_S = np.arange(len(before_S)) - before_S
-    at_S = position_S + np.repeat(pieces.begin_k, counts_k)
-    source_S = position_S + np.repeat(pieces.source_k, counts_k)
+    inside_S = np.arange(len(before_S)) - before_S  # place in its stretch
+    at_S = inside_S + np.repeat(pieces.begin_k, counts_k)
+    source_S = inside_S + np.repeat(pieces.source_k, counts_k)
     has_next_S = source_S < np.repeat(pieces.last_k, counts_k)
     next_S = np.where(has_next_S, source_S + 1, source_S)
 
@@ -163,6 +197,6 @@ def _read_row(store: TokenStore, pieces: _Pieces, seq_len: int) -> Batch:
     row.tokens_BT[at_S] = store.tokens_N[source_S]
     row.labels_BT[at_S] = np.where(has_next_S, store.tokens_N[next_S], 0)
     row.loss_weights_BT[at_S] = has_next_S
-    row.segment_ids_BT[at_S] = np.repeat(np.arange(1, len(counts_k) + 1), counts_k)
-    row.positions_BT[at_S] = position_S
+    row.segment_ids_BT[at_S] = np.repeat(pieces.segment_k, counts_k)
+    row.positions_BT[at_S] = inside_S + np.repeat(pieces.position_k, counts_k)
     return row

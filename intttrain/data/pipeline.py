@@ -20,6 +20,7 @@ import grain
 
 from intttrain.core.config import DataConfig
 from intttrain.core.errors import UserError
+from intttrain.core.row_order import Ranges
 from intttrain.data.batch import Batch
 from intttrain.data.packing import PACKING_VERSION, PackedRows, stack_rows
 from intttrain.data.permutation import derive_seed
@@ -59,17 +60,25 @@ def open_stores(config: DataConfig, model_vocab_size: int | None = None) -> tupl
     return stores
 
 
-def make_row_dataset(config: DataConfig, model_vocab_size: int) -> grain.MapDataset[Batch]:
+def make_row_dataset(
+    config: DataConfig, model_vocab_size: int, ranges: Ranges | None = None
+) -> grain.MapDataset[Batch]:
     """Returns the endless dataset of training rows: element n is global row n, a ``Batch`` of arrays [T].
 
     Each store is packed once, its rows come in a new order every epoch, and the stores are interleaved so that after
     any number of rows each has given its share by weight (weights count to 1 % of the smallest).
 
+    Args:
+      config: of the data.
+      model_vocab_size: see ``open_stores``.
+      ranges: the tokens to read of every row, in this order; T is then their number. ``None`` for all.
+
     Raises:
       UserError: see ``open_stores``.
     """
     packed = _pack(config, open_stores(config, model_vocab_size))
-    return _make_address_dataset(config, packed).map(lambda address: packed[address.item][address.row])
+    parts = ((0, config.seq_len),) if ranges is None else ranges
+    return _make_address_dataset(config, packed).map(lambda address: packed[address.item].read(address.row, parts))
 
 
 def make_batches(

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from intttrain.core.compiler import compiler_options
 from intttrain.core.config import Config
 from intttrain.core.mesh import make_mesh
+from intttrain.core.row_order import Ranges, stored_ranges
 from intttrain.core.sharding import check_batch, named_shardings, partition_spec, using_mesh, with_sharding
 from intttrain.data import Batch
 from intttrain.model import logical_axes
@@ -45,27 +46,46 @@ class Program:
     batch: Batch
 
     @functools.cached_property  # every batch is placed by it
-    def local_rows(self) -> tuple[int, ...]:
-        """Returns the rows of a batch, increasing, that the devices of this process hold a part of.
+    def _held(self) -> tuple[Ranges, Ranges]:
+        """The pieces of the rows, and of the stored tokens of a row, that lie on devices of this process, increasing.
 
         On a torus they need not be consecutive.
         """
         sharding, shape = self.batch.tokens_BT.sharding, self.batch.tokens_BT.shape
-        held = {index[0].indices(shape[0])[:2] for index in sharding.addressable_devices_indices_map(shape).values()}
-        return tuple(sorted(row for start, stop in held for row in range(start, stop)))
+        indices = sharding.addressable_devices_indices_map(shape).values()
+        rows, tokens = (tuple(sorted({index[dim].indices(shape[dim])[:2] for index in indices})) for dim in (0, 1))
+        return rows, tokens
+
+    @property
+    def local_rows(self) -> tuple[int, ...]:
+        """The rows of a batch, increasing, that this process reads."""
+        return tuple(row for start, stop in self._held[0] for row in range(start, stop))
+
+    @property
+    def local_ranges(self) -> Ranges:
+        """The tokens that this process reads of each of its rows, in the order in which they are stored."""
+        seq_len = self.batch.tokens_BT.shape[1]
+        pieces = stored_ranges(seq_len, self.mesh.shape["context"], balanced=False)
+        length = seq_len // len(pieces)
+        return tuple(piece for start, stop in self._held[1] for piece in pieces[start // length : stop // length])
 
     def place(self, local_batch: Batch) -> Batch:
-        """Returns the global batch, of which ``local_batch`` holds ``local_rows`` (all tokens of each)."""
+        """Returns the global batch, of which ``local_batch`` holds the ``local_ranges`` of the ``local_rows``."""
 
         def globally(local: np.ndarray, target: jax.ShapeDtypeStruct) -> jax.Array:
             def piece(index: Any) -> np.ndarray:
-                start, stop, _ = index[0].indices(target.shape[0])
-                first = self.local_rows.index(start)
-                return local[(slice(first, first + stop - start), *index[1:])]
+                return local[tuple(map(_find, self._held, index, target.shape))]
 
             return jax.make_array_from_callback(target.shape, target.sharding, piece)
 
         return cast(Batch, jax.tree.map(globally, local_batch, self.batch))
+
+
+def _find(held: Ranges, index: slice, size: int) -> slice:
+    """Returns where a piece of a dim of ``size`` stands among the pieces that are held, which are equally long."""
+    start, stop, _ = index.indices(size)
+    first = held.index((start, stop)) * (stop - start)
+    return slice(first, first + stop - start)
 
 
 def make_program(config: Config, devices: Sequence[jax.Device] | None = None) -> Program:

@@ -21,14 +21,14 @@ FLAGS = (
 )  # fmt: skip
 
 
-def launch(world: World, processes: int, devices: int, workdir: Path, *flags: str) -> str:
+def launch(world: World, processes: int, devices: int, workdir: Path, *flags: str, program: str = "intttrain") -> str:
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("INTTTRAIN_", "XLA_FLAGS"))}
     environment |= {
         "PYTHONPATH": str(REPO),
         "JAX_COMPILATION_CACHE_DIR": str(world.root / "jax"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
     }
-    command = [str(REPO / "launch" / "local.sh"), str(processes), str(devices), sys.executable, "-m", "intttrain"]
+    command = [str(REPO / "launch" / "local.sh"), str(processes), str(devices), sys.executable, "-m", *program.split()]
     command += ["train", world.config, f"--workdir={workdir}", *FLAGS, *flags]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
@@ -50,12 +50,19 @@ def test_four_processes_train_as_one_and_each_goes_on_from_the_other(world: Worl
     """Both layouts straight through; and each stopped half-way, to be finished by the other."""
     one, four, one_four, four_one = (tmp_path / name for name in ("one", "four", "one_four", "four_one"))
     launch(world, 1, 8, one)
-    output = launch(world, 4, 2, four)
+    output = launch(world, 4, 2, four, program=f"tests.app.counting {tmp_path / 'counts'}")
     assert output.count("finished at step 4") == 1, "only process 0 reports"
     launch(world, 1, 8, one_four, "--stop_at_step=2")
     assert "resumed at step 2" in launch(world, 4, 2, one_four)
     launch(world, 4, 2, four_one, "--stop_at_step=2")
     assert "resumed at step 2" in launch(world, 1, 8, four_one)
+
+    # Two devices hold half of the tokens of a row: each process reads these and the label after their end, no others.
+    counts = [json.loads(path.read_text()) for path in sorted((tmp_path / "counts").iterdir())]
+    assert len(counts) == 4
+    for count in counts:
+        assert len(count) >= 4 * 8 // 2, "half of the rows of every step"
+        assert all(tokens == 32 and places <= 32 + 1 for tokens, places in count), count
 
     # The programs are the same; gloo may add in another order than the threads of one process (fp32 rounding).
     wanted = losses(one)

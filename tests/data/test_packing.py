@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
 
 from intttrain.core.errors import UserError
-from intttrain.data import PackedRows, TokenStore, blank_row, stack_rows
+from intttrain.data import Batch, PackedRows, TokenStore, blank_row, stack_rows
 from intttrain.data.permutation import derive_seed, mix64, permutation
 
 PAD = None
@@ -68,6 +69,23 @@ def test_rows_follow_the_definition(make_store, lengths, seq_len, align):
             np.testing.assert_array_equal(got.loss_weights_BT, want["weights"])
             np.testing.assert_array_equal(got.segment_ids_BT, want["segments"])
             np.testing.assert_array_equal(got.positions_BT, want["positions"])
+
+
+@pytest.mark.parametrize("lengths", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("align", [1, 4])
+def test_parts_of_a_row_are_its_columns(make_store, lengths, align):
+    """Every pair of ranges with edges inside and on the edges of documents, neighbours and in any order."""
+    packed = PackedRows(make_store(lengths), 16, align, 3)
+    cuts = [(0, 16), (0, 4), (4, 8), (12, 16), (3, 9), (9, 10), (15, 16)]
+    chosen = [(0, 4), (12, 16), (4, 8), (8, 12)], *([cut] for cut in cuts), *map(list, itertools.permutations(cuts, 2))
+    for row, whole in enumerate(packed):
+        for ranges in chosen:
+            part = packed.read(row, tuple(ranges))
+            columns = np.concatenate([np.arange(start, stop) for start, stop in ranges])
+            for field in dataclasses.fields(Batch):
+                got, want = getattr(part, field.name), getattr(whole, field.name)[columns]
+                np.testing.assert_array_equal(got, want, err_msg=f"{field.name} of row {row}, {ranges}")
+                assert got.dtype == want.dtype
 
 
 @pytest.mark.parametrize("align", [1, 4])

@@ -57,6 +57,13 @@ def test_batches_are_the_rows_in_order(config):
         assert got.dtype == getattr(expected, name).dtype
 
 
+def test_parts_of_rows_are_those_of_whole_rows(config):
+    whole, parts = (take(make_row_dataset(config, 2000, ranges), 5) for ranges in (None, ((6, 8), (0, 3))))
+    for row, part in zip(whole, parts, strict=True):
+        np.testing.assert_array_equal(part.tokens_BT, row.tokens_BT[:, [6, 7, 0, 1, 2]])
+        np.testing.assert_array_equal(part.positions_BT, row.positions_BT[:, [6, 7, 0, 1, 2]])
+
+
 def test_rows_do_not_depend_on_when_or_where_they_are_read(config, tmp_path):
     dataset = make_row_dataset(config, 2000)
     forwards = [dataset[n].tokens_BT for n in range(60)]
@@ -196,6 +203,6 @@ def test_errors(make_store):
 
 def test_a_failing_read_reaches_the_caller(config, monkeypatch):
     dataset = make_row_dataset(config, 2000)
-    monkeypatch.setattr(PackedRows, "__getitem__", lambda self, row: (_ for _ in ()).throw(OSError("disk gone")))
+    monkeypatch.setattr(PackedRows, "read", lambda self, row, ranges: (_ for _ in ()).throw(OSError("disk gone")))
     with pytest.raises(OSError, match="disk gone"):
         take(dataset, 1)
