@@ -99,6 +99,7 @@ class ModelConfig:
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     weight_gradient_dtype: Literal["float32", "bfloat16"] = "float32"  # in which they are summed over devices
     attention: Literal["auto", "dense", "banded", "splash"] = "auto"
+    context_attention: Literal["auto", "all_to_all", "all_gather", "halo"] = "auto"  # over mesh.context
     remat: Literal["none", "full", "attention", "qkv", "dots", "offload"] = "full"
     loss_chunk_tokens: PositiveInt = 512  # positions whose logits exist at the same time
 

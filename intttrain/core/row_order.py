@@ -6,6 +6,15 @@ else. *Logical* places count the tokens as they are read, *stored* ones as they 
 
 from __future__ import annotations
 
+import math
+from typing import Literal
+
+import numpy as np
+
+from intttrain.core.config import ModelConfig
+from intttrain.core.errors import UserError, nearest_divisors
+
+Ways = Literal["all_to_all", "all_gather", "halo"]
 Ranges = tuple[tuple[int, int], ...]  # (start, stop) of tokens, half open
 
 
@@ -24,3 +33,80 @@ def stored_ranges(seq_len: int, context_shards: int, *, balanced: bool) -> Range
     order = [piece for i in range(context_shards) for piece in ((i, pieces - 1 - i) if balanced else (i,))]
     length = seq_len // pieces
     return tuple((piece * length, (piece + 1) * length) for piece in order)
+
+
+def stored_units(seq_len: int, context_shards: int, unit: int, *, balanced: bool) -> np.ndarray:
+    """Returns the logical numbers of the units (tokens or chunks, of ``unit`` tokens) in the order of storage."""
+    ranges = stored_ranges(seq_len, context_shards, balanced=balanced)
+    return np.concatenate([np.arange(start // unit, stop // unit) for start, stop in ranges])
+
+
+def context_way(model: ModelConfig, seq_len: int, context: int, tensor: int) -> Ways:
+    """Returns how attention crosses a context axis (``model.context_attention``, or what "auto" takes).
+
+    "auto" exchanges only a halo if a window allows it, else heads if they divide, else gathers keys.
+
+    Args:
+      model: its heads and window decide.
+      seq_len: tokens of a row.
+      context, tensor: sizes of the mesh axes.
+    """
+    if context == 1:
+        return "all_to_all"  # of one
+    if model.context_attention != "auto":
+        return model.context_attention
+    if model.sliding_window is not None and model.sliding_window - 1 <= seq_len // context:
+        return "halo"
+    return "all_gather" if model.num_heads % (context * tensor) else "all_to_all"
+
+
+def is_balanced(model: ModelConfig, seq_len: int, context: int, tensor: int) -> bool:
+    """Whether rows are stored balanced: where every shard attends with its own queries to all keys before them."""
+    return context_way(model, seq_len, context, tensor) == "all_gather"
+
+
+def halo_tokens(window: int, shard_tokens: int) -> int:
+    """Returns how many tokens before its own a shard needs: ``window - 1``, rounded up to whole blocks."""
+    block = math.gcd(shard_tokens, 1024)
+    return -(-(window - 1) // block) * block
+
+
+def check_row_order(model: ModelConfig, name: str, seq_len: int, context: int, tensor: int) -> None:
+    """Checks that rows of ``seq_len`` (the option ``name``) can be cut over ``context``. Raises ``UserError``."""
+    way = context_way(model, seq_len, context, tensor)
+    forced, pieces = f"model.context_attention={model.context_attention!r}", context
+    if way == "all_to_all" and model.num_heads % (context * tensor):
+        raise UserError(
+            f"{forced}: mesh.context={context} x mesh.tensor={tensor} does not divide model.num_heads="
+            f"{model.num_heads}; use 'all_gather', or mesh.context="
+            f"{' or '.join(map(str, nearest_divisors(model.num_heads // tensor, context)))}"
+        )
+    if way == "halo" and (model.sliding_window is None or model.sliding_window - 1 > seq_len // context):
+        raise UserError(
+            f"{forced} needs a window of at most {name}={seq_len} / mesh.context={context} = {seq_len // context} "
+            f"tokens, but model.sliding_window={model.sliding_window}; use 'auto'"
+        )
+    if way == "all_gather":
+        pieces = 2 * context  # an early and a late one a shard
+    _check_pieces(model, name, seq_len, context, pieces)
+
+
+def _check_pieces(model: ModelConfig, name: str, seq_len: int, context: int, pieces: int) -> None:
+    """Checks that all pieces of a row are whole chunks, equally many."""
+    per_shard = pieces // context
+    what = f"mesh.context={context}" + (" x 2 pieces (model.context_attention: all_gather)" if per_shard > 1 else "")
+    if seq_len % pieces:
+        raise UserError(
+            f"{name}={seq_len} cannot be cut into {what}; use mesh.context={_choices(seq_len // per_shard, context)}"
+        )
+    chunk_tokens = 1 if model.ttt is None else model.ttt.chunk_tokens
+    if (seq_len // pieces) % chunk_tokens:
+        raise UserError(
+            f"{name}={seq_len} over {what} gives {seq_len // pieces} tokens a piece, not a whole number of chunks of "
+            f"model.ttt.chunk_tokens={chunk_tokens}; "
+            f"use mesh.context={_choices(seq_len // chunk_tokens // per_shard, context)}"
+        )
+
+
+def _choices(number: int, wanted: int) -> str:
+    return " or ".join(map(str, nearest_divisors(number, wanted)))

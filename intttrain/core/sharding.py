@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from intttrain.core.config import Config
 from intttrain.core.errors import UserError, nearest_divisors
+from intttrain.core.row_order import check_row_order
 
 PyTree = Any
 Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
@@ -184,7 +185,7 @@ def check_batch(config: Config, mesh: Mesh) -> None:
             f"rows, which data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} = {pieces} does not divide; use "
             f"train.batch_rows={' or '.join(str(choice * config.train.microbatches) for choice in choices)}"
         )
-    _check_tokens("data.seq_len", config.data.seq_len, config, mesh)
+    check_row_order(config.model, "data.seq_len", config.data.seq_len, mesh.shape["context"], mesh.shape["tensor"])
 
 
 def check_evaluation(config: Config, mesh: Mesh) -> None:
@@ -196,28 +197,11 @@ def check_evaluation(config: Config, mesh: Mesh) -> None:
             f"data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} = {pieces} does not divide the rows of "
             f"eval.batch_rows={rows}; use eval.batch_rows={' or '.join(map(str, choices))}, or other axes of the mesh"
         )
-    _check_tokens("eval.seq_len", config.eval.seq_len, config, mesh)
+    check_row_order(config.model, "eval.seq_len", config.eval.seq_len, mesh.shape["context"], mesh.shape["tensor"])
 
 
 def _nearest_multiples(rows: int, pieces: int) -> list[int]:
     return sorted({max(1, rows // pieces) * pieces, -(-rows // pieces) * pieces})
-
-
-def _check_tokens(name: str, tokens: int, config: Config, mesh: Mesh) -> None:
-    """Checks that rows of ``tokens`` can be cut into whole chunks along ``context``."""
-    pieces = mesh.shape["context"]
-    if tokens % pieces:
-        raise UserError(
-            f"{name}={tokens} cannot be cut into mesh.context={pieces} pieces; "
-            f"use mesh.context={' or '.join(map(str, nearest_divisors(tokens, pieces)))}"
-        )
-    chunk_tokens = 1 if config.model.ttt is None else config.model.ttt.chunk_tokens
-    if (tokens // pieces) % chunk_tokens:
-        raise UserError(
-            f"{name}={tokens} over mesh.context={pieces} gives {tokens // pieces} tokens a device, not a whole "
-            f"number of chunks of model.ttt.chunk_tokens={chunk_tokens}; "
-            f"use mesh.context={' or '.join(map(str, nearest_divisors(tokens // chunk_tokens, pieces)))}"
-        )
 
 
 def pieces_of(mesh: Mesh, name: str) -> int:

@@ -22,9 +22,10 @@ from jax.sharding import NamedSharding
 
 from intttrain.core.config import EvalConfig, ModelConfig
 from intttrain.core.errors import UserError
+from intttrain.core.row_order import is_balanced, stored_units
 from intttrain.core.sharding import constrain, partition_spec, using_mesh
 from intttrain.data import Batch, blank_row, stack_rows
-from intttrain.model import Params, TTTStats, bind, token_nll
+from intttrain.model import Params, bind, token_nll
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +87,9 @@ def evaluate_positions(
         # Blank rows keep the shape, hence the compiled program; they are cut off again below.
         blanks = [blank_row(eval_config.seq_len, 0)] * (eval_config.batch_rows - len(chosen))
         batch = stack_rows([*chosen, *blanks])
-        nll_BT, norm_BM = jax.device_get(_score(model_config, mesh, params, _placed(batch, mesh), traced_eta))
+        nll_BT, norm_BM = jax.device_get(
+            _score(model_config, mesh, params, _placed(model_config, batch, mesh), traced_eta)
+        )
         real = stack_rows(chosen)
         norms = None if norm_BM is None else norm_BM[: len(chosen)]
         parts.append(sum_by_position(nll_BT[: len(chosen)], real, eval_config.position_edges, norms))
@@ -135,13 +138,25 @@ def join_documents(parts: Sequence[PositionLosses]) -> PositionLosses:
     )
 
 
-def _placed(batch: Batch, mesh: jax.sharding.Mesh | None) -> Batch:
+def _placed(model_config: ModelConfig, batch: Batch, mesh: jax.sharding.Mesh | None) -> Batch:
     """Returns the batch, which every process has whole, in pieces on the devices of the mesh."""
     if mesh is None:
         return batch
     rows = NamedSharding(mesh, partition_spec(("batch", "tokens")))
-    place = lambda x: jax.make_array_from_callback(x.shape, rows, lambda index: x[index])  # noqa: E731
+    order_T = _stored(model_config, mesh, batch.tokens_BT.shape[1], 1)
+
+    def place(x: np.ndarray) -> jax.Array:
+        stored = x[:, order_T]
+        return jax.make_array_from_callback(x.shape, rows, lambda index: stored[index])
+
     return cast(Batch, jax.tree.map(place, batch))
+
+
+def _stored(model_config: ModelConfig, mesh: jax.sharding.Mesh | None, seq_len: int, unit: int) -> np.ndarray:
+    """Returns the numbers of the tokens (or chunks of ``unit``) of a row in the order in which they are stored."""
+    context, tensor = (1, 1) if mesh is None else (mesh.shape["context"], mesh.shape["tensor"])
+    balanced = is_balanced(model_config, seq_len, context, tensor)
+    return stored_units(seq_len, context, unit, balanced=balanced)
 
 
 @functools.partial(jax.jit, static_argnames=("model_config", "mesh"))
@@ -153,13 +168,21 @@ def _score(
         decoder = bind(model_config, params)
         output = decoder(batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, eta=eta)
         nll_BT = token_nll(output.hidden_BTD, decoder.output_weight(), batch.labels_BT, model_config.loss_chunk_tokens)
-        norm_BM = None if output.ttt is None else constrain(_read_norm(output.ttt), None, None)
-        return constrain(nll_BT, None, None), norm_BM
+        nll_BT = _as_read(constrain(nll_BT, None, None), _stored(model_config, mesh, nll_BT.shape[1], 1))
+        if output.ttt is None or model_config.ttt is None:
+            return nll_BT, None
+        chunks_M = _stored(model_config, mesh, nll_BT.shape[1], model_config.ttt.chunk_tokens)
+        return nll_BT, _read_norm(_as_read(constrain(output.ttt.state_norm_nBM, None, None, None), chunks_M))
 
 
-def _read_norm(stats: TTTStats) -> jax.Array:
+def _as_read(x: jax.Array, stored: np.ndarray) -> jax.Array:
+    """Returns ``x``, of which the last dim is stored in this order, in the order of the row."""
+    return x if np.all(np.diff(stored) == 1) else x[..., np.argsort(stored)]
+
+
+def _read_norm(after_nBM: jax.Array) -> jax.Array:
     """Returns B x M: a chunk reads what the chunks before it left, the first one nothing."""
-    after_BM = jnp.max(stats.state_norm_nBM, axis=0)
+    after_BM = jnp.max(after_nBM, axis=0)
     return jnp.concatenate([jnp.zeros_like(after_BM[:, :1]), after_BM[:, :-1]], axis=1)
 
 

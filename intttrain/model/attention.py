@@ -1,11 +1,9 @@
 """Causal grouped-query attention inside documents: the module and its XLA back ends.
 
-``dense`` forms all T x T scores; ``banded`` cuts a sliding window into blocks and forms only the band, so time
-and memory grow with T * window; ``splash`` is the TPU kernel (``splash.py``). All give the same numbers; ``auto`` takes
-splash on TPUs, banded for windows of less than half a row, dense otherwise.
+``dense_attention`` forms all T x S scores; ``banded_attention`` cuts a sliding window into blocks and forms only the
+band, so time and memory grow with T * window. ``context_attention.py`` chooses among them and the TPU kernels.
 
-Letters: B row, T query tokens, S key tokens, D model width, N query heads, K key/value heads, G = N / K,
-H head dim, W window.
+Letters: B row, T query tokens, S key tokens, D model width, N query heads, K key/value heads, H head dim, W window.
 """
 
 from __future__ import annotations
@@ -17,12 +15,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from intttrain.core.config import ModelConfig
-from intttrain.core.errors import UserError
-from intttrain.core.sharding import constrain, platform
+from intttrain.core.sharding import constrain
 from intttrain.model.layers import make_param, rms_norm
 from intttrain.model.linear import linear
 from intttrain.model.rope import RopeTables, rotate
-from intttrain.model.splash import splash_attention, supports
 
 
 class Attention(nnx.Module):
@@ -66,38 +62,22 @@ class Attention(nnx.Module):
         return constrain(o_BTD, "batch", "tokens", "width")
 
 
-def attend(
-    config: ModelConfig,
-    q_BTNH: Float[Array, "B T N H"],
-    k_BTKH: Float[Array, "B T K H"],
-    v_BTKH: Float[Array, "B T K H"],
-    segment_ids_BT: Int[Array, "B T"],
-) -> Float[Array, "B T N H"]:
-    """Attends from every token to itself and the tokens before it in its document and window.
-
-    The result, in the layout that its own backward pass wants, carries the name "attention" for remat policies.
-    """
-    window, seq_len = config.sliding_window, q_BTNH.shape[1]
-    if config.attention == "splash" or (config.attention == "auto" and platform() == "tpu"):
-        obstacle = supports(seq_len, config.head_dim)
-        if not obstacle:
-            return splash_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, window, interpret=platform() != "tpu")
-        if config.attention == "splash":
-            raise UserError(f'model.attention="splash": {obstacle}; use "auto" or "dense"')
-    banded = config.attention == "banded" or (config.attention == "auto" and 2 * (window or seq_len) < seq_len)
-    if banded and window is not None:
-        o_BTNH = banded_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, window)
-    else:
-        o_BTNH = dense_attention(q_BTNH, k_BTKH, v_BTKH, causal_mask(segment_ids_BT, window))
-    return checkpoint_name(o_BTNH, "attention")
-
-
 def causal_mask(segment_ids_BT: Int[Array, "B T"], window: int | None) -> Bool[Array, "B T T"]:
-    """Returns which keys (last axis) each query sees."""
-    position_T = jnp.arange(segment_ids_BT.shape[1])
-    distance_TS = position_T[:, None] - position_T[None, :]
-    visible_TS = (distance_TS >= 0) & (distance_TS < (window or segment_ids_BT.shape[1]))
-    return visible_TS[None] & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])
+    """Returns which keys (last axis) each query sees, of whole rows."""
+    return visible_keys(segment_ids_BT, segment_ids_BT, jnp.arange(segment_ids_BT.shape[1]), window)
+
+
+def visible_keys(
+    q_segment_ids_BT: Int[Array, "B T"],
+    k_segment_ids_BS: Int[Array, "B S"],
+    position_T: Int[Array, "T"],
+    window: int | None,
+) -> Bool[Array, "B T S"]:
+    """Returns which keys (last axis) each query sees, where the queries stand at these positions among the keys."""
+    keys = k_segment_ids_BS.shape[1]
+    distance_TS = position_T[:, None] - jnp.arange(keys)[None, :]
+    visible_TS = (distance_TS >= 0) & (distance_TS < (window or keys))
+    return visible_TS[None] & (q_segment_ids_BT[:, :, None] == k_segment_ids_BS[:, None, :])
 
 
 def dense_attention(

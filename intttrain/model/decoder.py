@@ -17,8 +17,10 @@ from jaxtyping import Array, Float, Int
 
 from intttrain import ttt
 from intttrain.core.config import ModelConfig, TTTConfig
-from intttrain.core.sharding import constrain
-from intttrain.model.attention import Attention, attend
+from intttrain.core.row_order import is_balanced
+from intttrain.core.sharding import axis_size, constrain
+from intttrain.model.attention import Attention
+from intttrain.model.context_attention import attend
 from intttrain.model.layers import MLP, Embedding, RMSNorm, TTTParams
 from intttrain.model.rope import rope_tables
 from intttrain.model.stages import plan_stages
@@ -153,6 +155,7 @@ def _apply_layer(
         fast = ttt.fast_weight_projection(
             z_BTF, v_BTD, layer.mlp.down[...], segment_ids_BT, chunk_tokens=config.ttt.chunk_tokens, eta=eta,
             gradient_dtype=config.weight_gradient_dtype, transform=delta_transform(config.ttt),
+            balanced=is_balanced(config, x_BTD.shape[1], axis_size("context"), axis_size("tensor")),
             implementation=config.ttt.implementation,
         )  # fmt: skip
     return x_BTD + fast.o_BTD, TTTStats(fast.delta_norm_BM, fast.state_norm_BM)

@@ -36,8 +36,8 @@ class Blocks(NamedTuple):
 
 
 _SHORT = Blocks(Tile(1024, 1024, 512), Tile(1024, 1024, 1024))  # v5p: .75, .92; v5e: .80, .95; v6e: .26, .40
-# device_kind -> shortest row of such blocks, longest first. Of v6e and tpu7x .5 is the best: a head dim of 128 fills half
-# of their matrix unit.
+# device_kind -> shortest row of such blocks, longest first. Of v6e and tpu7x .5 is the best: a head dim of 128 fills
+# half of their matrix unit.
 _LONG: Mapping[str, tuple[tuple[int, Blocks], ...]] = types.MappingProxyType(
     {
         "TPU v5": (  # v5p: .82, .97 and .95

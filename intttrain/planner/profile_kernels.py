@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ def read_blocks(text: str) -> tuple[int, int, int]:
 
 
 def _kernel(kind: str, tokens: int, q: int, kv: int, compute: int, *, skipped: bool) -> splash.SplashAttentionKernel:
-    apart = {} if kind == "bwd" else {"block_q_dq": q, "block_kv_dq": kv}
+    apart: dict[str, Any] = {} if kind == "bwd" else {"block_q_dq": q, "block_kv_dq": kv}
     sizes = splash.BlockSizes(
         block_q=q, block_kv=kv, block_kv_compute=compute,
         block_q_dkv=q, block_kv_dkv=kv, block_kv_dkv_compute=compute, use_fused_bwd_kernel=not apart, **apart,

@@ -1,7 +1,8 @@
 """The programs of a run, compiled for a mesh: what training calls and what the planner compiles are made here.
 
-A batch is cut over ``data`` and ``fsdp`` by rows and over ``context`` by tokens; parameters and both moments of the
-optimizer by the logical names of their dims (``core.sharding``); metrics are the same on every device.
+A batch is cut over ``data`` and ``fsdp`` by rows and over ``context`` by tokens, stored as ``core/row_order.py`` says;
+parameters and both moments of the optimizer by the logical names of their dims (``core.sharding``); metrics are the
+same on every device.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from intttrain.core.compiler import compiler_options
 from intttrain.core.config import Config
 from intttrain.core.mesh import make_mesh
-from intttrain.core.row_order import Ranges, stored_ranges
+from intttrain.core.row_order import Ranges, is_balanced, stored_ranges
 from intttrain.core.sharding import check_batch, named_shardings, partition_spec, using_mesh, with_sharding
 from intttrain.data import Batch
 from intttrain.model import logical_axes
@@ -37,6 +38,7 @@ class Program:
       step: (state, batch) -> (state, metrics); the old state is donated.
       state: shapes, dtypes and shardings of the state.
       batch: the same of a batch, all rows of all processes.
+      balanced: whether rows are stored balanced (``core/row_order.py``).
     """
 
     mesh: Mesh
@@ -44,6 +46,7 @@ class Program:
     step: Any
     state: TrainState
     batch: Batch
+    balanced: bool
 
     @functools.cached_property  # every batch is placed by it
     def _held(self) -> tuple[Ranges, Ranges]:
@@ -65,7 +68,7 @@ class Program:
     def local_ranges(self) -> Ranges:
         """The tokens that this process reads of each of its rows, in the order in which they are stored."""
         seq_len = self.batch.tokens_BT.shape[1]
-        pieces = stored_ranges(seq_len, self.mesh.shape["context"], balanced=False)
+        pieces = stored_ranges(seq_len, self.mesh.shape["context"], balanced=self.balanced)
         length = seq_len // len(pieces)
         return tuple(piece for start, stop in self._held[1] for piece in pieces[start // length : stop // length])
 
@@ -116,6 +119,7 @@ def make_program(config: Config, devices: Sequence[jax.Device] | None = None) ->
         ),
         state=jax.tree.map(with_sharding, state, shardings),
         batch=jax.tree.map(lambda leaf: with_sharding(leaf, rows), batch),
+        balanced=is_balanced(config.model, config.data.seq_len, mesh.shape["context"], mesh.shape["tensor"]),
     )  # fmt: skip
 
 

@@ -9,9 +9,11 @@ from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
-from intttrain.core.sharding import constrain
+from intttrain.core.row_order import stored_units
+from intttrain.core.sharding import axis_size, constrain
 from intttrain.ttt.layout import FastWeightState, init_state, make_layout
 from intttrain.ttt.reference import project_reference
 from intttrain.ttt.shards import Options, scan_rows
@@ -53,6 +55,7 @@ def fast_weight_projection(
     state: FastWeightState | None = None,
     gradient_dtype: str = "float32",
     transform: DeltaTransform = DeltaTransform(),
+    balanced: bool = False,
     implementation: Implementation = "auto",
 ) -> FastWeightOutput:
     """Applies a fast down projection to a row: every chunk is read with what the chunks before it wrote.
@@ -69,20 +72,26 @@ def fast_weight_projection(
         and no state is returned, which takes less memory.
       gradient_dtype: in which the gradient of W0 is summed over devices.
       transform: bounds on updates, static.
+      balanced: a context axis cuts the rows into two pieces a shard (``core/row_order.py``), and all arrays with T or
+        M have that order.
       implementation: ``reference`` (the definition, for tests), ``chunked`` or ``auto`` (chunked).
 
     Returns:
       The projected row, the state to carry on, and the size of what was written.
 
     Raises:
-      ValueError: ``chunk_tokens`` does not divide T, or the implementation does not exist.
+      ValueError: ``chunk_tokens`` does not divide T, or the implementation does not exist or knows no balanced rows.
 
     Source: In-Place TTT (arXiv 2604.06169), equations restated in ``docs/method.md``.
     """
     if implementation not in get_args(Implementation):
         raise ValueError(f"implementation={implementation!r} does not exist; use one of {get_args(Implementation)}")
+    if implementation == "reference" and balanced:
+        raise ValueError('implementation="reference" knows no balanced rows; use "chunked"')
     rows, seq_len, d_ff = z_BTF.shape
-    layout = make_layout(segment_ids_BT, chunk_tokens, None if state is None else state.document_B)
+    shards = axis_size("context")
+    chunks_M = stored_units(seq_len, shards, chunk_tokens, balanced=balanced)
+    layout = make_layout(segment_ids_BT, chunk_tokens, None if state is None else state.document_B, chunks_M)
     chunks = seq_len // chunk_tokens
     if gates_BM is None:
         gates_BM = jnp.ones((rows, chunks), jnp.float32)
@@ -97,15 +106,16 @@ def fast_weight_projection(
 
     z_BMCF = z_BTF.reshape(rows, chunks, chunk_tokens, d_ff)
     v_BMCD = v_BTD.reshape(rows, chunks, chunk_tokens, -1)
-    options = Options(transform, gradient_dtype)
+    options = Options(transform, gradient_dtype, 2 if balanced else 1)
     with jax.named_scope("ttt_scan"):
         s_in_BDF = None if state is None else constrain(state.s_BDF, "batch", "width", "mlp")
         read, s_end_BDF = scan_rows(options, z_BMCF, v_BMCD, w_down_DF, layout, gates_BM, eta, s_in_BDF)
+    last = (int(np.argmax(chunks_M)) + 1) * chunk_tokens - 1
     frozen_DF = jax.lax.stop_gradient(w_down_DF).astype(jnp.float32)
     w_norm = jnp.sqrt(jnp.sum(jnp.square(frozen_DF))) + 1e-12
     return FastWeightOutput(
         o_BTD=read.o_MCD.reshape(rows, seq_len, -1),
-        state=None if s_end_BDF is None else FastWeightState(s_end_BDF, segment_ids_BT[:, -1]),
+        state=None if s_end_BDF is None else FastWeightState(s_end_BDF, segment_ids_BT[:, last]),
         delta_norm_BM=jax.lax.stop_gradient(read.delta_norm_M / w_norm),
         state_norm_BM=jax.lax.stop_gradient(read.state_norm_M / w_norm),
     )

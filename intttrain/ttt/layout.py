@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 NO_DOCUMENT = -1  # carried by a fresh state; equals no segment id
@@ -52,9 +53,18 @@ def init_state(batch_rows: int, d_model: int, d_ff: int) -> FastWeightState:
 
 
 def make_layout(
-    segment_ids_BT: Int[Array, "B T"], chunk_tokens: int, document_B: Int[Array, "B"] | None = None
+    segment_ids_BT: Int[Array, "B T"],
+    chunk_tokens: int,
+    document_B: Int[Array, "B"] | None = None,
+    chunks_M: np.ndarray | None = None,
 ) -> ChunkLayout:
     """Returns the masks of rows whose carried document at the first token is ``document_B`` (default: none).
+
+    Args:
+      segment_ids_BT: documents.
+      chunk_tokens: C.
+      document_B: see above.
+      chunks_M: numbers of the chunks in the order in which they are stored; default: as they follow each other.
 
     Raises:
       ValueError: ``chunk_tokens`` does not divide T.
@@ -66,7 +76,10 @@ def make_layout(
     last_BM = segments_BMC[:, :, -1]
     if document_B is None:
         document_B = jnp.full((rows,), NO_DOCUMENT, segment_ids_BT.dtype)
-    carried_BM = jnp.concatenate([document_B[:, None], last_BM[:, :-1]], axis=1)
+    if chunks_M is None:
+        chunks_M = np.arange(last_BM.shape[1])
+    stored_M = np.argsort(chunks_M)  # where each chunk of the row stands
+    carried_BM = jnp.where(chunks_M > 0, last_BM[:, stored_M[chunks_M - 1]], document_B[:, None])
     return ChunkLayout(
         reads_BMC=(segments_BMC == carried_BM[:, :, None]).astype(jnp.float32),
         writes_BMC=((segments_BMC == last_BM[:, :, None]) & (segments_BMC > 0)).astype(jnp.float32),

@@ -3,14 +3,16 @@
 A device that holds whole rows runs them one after the other as one long row, in which each is a document of its own:
 nothing is transposed and there is one state at a time.
 
-Where the mesh axis ``context`` cuts rows, every shard holds whole, consecutive chunks. The recurrence is a segmented
-sum, so a shard needs of the chunks before it one state only. Every shard sums up what its own chunks write, an
-exclusive scan over shards in the order of the row turns the sums into incoming states, and each shard then runs its
-chunks. The gradient is the mirror image: what the reads of a shard's chunks want of its incoming state, scanned from
-the last shard to the first, gives each shard the gradient of its last state. No shard ever holds the states of the
-others: they exchange slices, 1 / n of every state to each, and back.
+Where the mesh axis ``context`` cuts rows, every shard holds a stretch of whole, consecutive chunks, or two where rows
+are stored balanced (``core/row_order.py``). The recurrence is a segmented sum, so a stretch needs of the chunks before
+it one state only. Every shard sums up what its own stretches write, an exclusive scan over stretches in the order of
+the row turns the sums into incoming states, and each shard then runs its chunks. The gradient is the mirror image: what
+the reads of a stretch want of its incoming state, scanned from the last stretch to the first, gives each one the
+gradient of its last state. No shard ever holds the states of the others: they exchange slices, 1 / n of every state to
+each, and back.
 
-Letters: B row, C tokens per chunk, M chunks, D model width, F feed-forward width, n shards, d = D / n.
+Letters: B row, C tokens per chunk, M chunks, D model width, F feed-forward width, n shards, P stretches per shard,
+d = D / n, R stretches or rows that run one after the other.
 """
 
 from __future__ import annotations
@@ -52,10 +54,11 @@ _BATCH: Any = Chunks(*(_CHUNKS,) * len(Chunks._fields))  # type: ignore[arg-type
 
 
 class Options(NamedTuple):
-    """What is static: bounds on updates, and in which dtype the gradient of W0 is summed over devices."""
+    """What is static: bounds on updates, in which dtype the gradient of W0 is summed over devices, and P."""
 
     transform: DeltaTransform
     gradient_dtype: str
+    stretches: int
 
 
 class Scanned(NamedTuple):
@@ -108,30 +111,31 @@ def _forward(
     def local(w_dF: Array, eta: Array, s_in_BDF: Array | None, batch: Chunks) -> tuple[Any, ...]:
         w_DF = gather_pieces(w_dF, *_WEIGHT, 0).astype(jnp.float32)
         given, last_BDF = s_in_BDF is not None, None
+        s_in_RDF, rows = s_in_BDF, batch
         if axis_size(AXIS) > 1:
-            own_BDF = jax.lax.map(lambda chunks: written_state(options.transform, eta, chunks), batch)
-            kept_B = jnp.prod(batch.keep_M, axis=1)
-            s_in_BDF, last_BDF = exclusive_scan(kept_B, own_BDF, s_in_BDF)
-        s_in_RDF, rows = _as_rows(s_in_BDF, batch)
+            rows = _as_stretches(options, batch)
+            own_RDF = jax.lax.map(lambda chunks: written_state(options.transform, eta, chunks), rows)
+            s_in_RDF, last_BDF = exclusive_scan(options, _kept(rows), own_RDF, s_in_BDF)
+        kept_nRDF = None if s_in_RDF is None else s_in_RDF[None]
+        s_in_RDF, rows = _as_rows(s_in_RDF, rows)
 
         def run(_: None, row: tuple[Array, Chunks]) -> tuple[None, tuple[Array, Forward]]:
             return None, forward_scan(options.transform, w_DF, eta, *row)
 
         _, (s_end_RDF, found) = scan(run, None, (s_in_RDF, rows), s_in_RDF.shape[0])
         s_end_BDF = s_end_RDF if last_BDF is None else last_BDF
-        kept_nBDF = None if s_in_BDF is None else s_in_BDF[None]
-        return _shaped_as(batch, found), s_end_BDF if given else None, kept_nBDF
+        return _shaped_as(batch, options, found), s_end_BDF if given else None, kept_nRDF
 
     in_axes, out_axes = (_WEIGHT, (), _STATE, _BATCH), (_FORWARD, _STATE, _STATES)
-    read, s_end_BDF, s_in_nBDF = per_device(local, in_axes, out_axes, left_to_xla=_LEFT)(w_DF, eta, s_in_BDF, batch)
+    read, s_end_BDF, s_in_nRDF = per_device(local, in_axes, out_axes, left_to_xla=_LEFT)(w_DF, eta, s_in_BDF, batch)
     if axis_size(AXIS) > 1:
-        s_in_nBDF = checkpoint_name(s_in_nBDF, STATE_NAME)
-    return Scanned(read, s_end_BDF), (w_DF, eta, s_in_nBDF, batch, read.scale_MD)
+        s_in_nRDF = checkpoint_name(s_in_nRDF, STATE_NAME)
+    return Scanned(read, s_end_BDF), (w_DF, eta, s_in_nRDF, batch, read.scale_MD)
 
 
 def _backward(options: Options, residuals: tuple[Any, ...], cotangents: Scanned) -> tuple[Any, ...]:
     def local(
-        w_dF: Array, eta: Array, s_in_nBDF: Array | None, batch: Chunks, scale_BMD: Array | None, do_BMCD: Array,
+        w_dF: Array, eta: Array, s_in_nRDF: Array | None, batch: Chunks, scale_BMD: Array | None, do_BMCD: Array,
         g_end_BDF: Array | None,
     ) -> tuple[Any, ...]:  # fmt: skip
         w_DF = gather_pieces(w_dF, *_WEIGHT, 0).astype(jnp.float32)
@@ -139,21 +143,22 @@ def _backward(options: Options, residuals: tuple[Any, ...], cotangents: Scanned)
             scaled_BMCD = do_BMCD.astype(jnp.float32) * read_scale(scale_BMD, batch.reads_MC)
             do_BMCD = scaled_BMCD.astype(do_BMCD.dtype)
         given, ds_first_BDF = g_end_BDF is not None, None
+        rows, do_RMCD, g_end_RDF = batch, do_BMCD, g_end_BDF
         if axis_size(AXIS) > 1:
-            own_BDF = jax.lax.map(lambda pair: read_back(*pair), (batch, do_BMCD))
-            kept_B = jnp.prod(batch.keep_M, axis=1)
-            g_end_BDF, ds_first_BDF = exclusive_scan(kept_B, own_BDF, g_end_BDF, reverse=True)
-        s_in_RDF, (rows, do_RMCD) = _as_rows(None if s_in_nBDF is None else s_in_nBDF[0], (batch, do_BMCD))
+            rows, do_RMCD = _as_stretches(options, (batch, do_BMCD))
+            own_RDF = jax.lax.map(lambda pair: read_back(*pair), (rows, do_RMCD))
+            g_end_RDF, ds_first_BDF = exclusive_scan(options, _kept(rows), own_RDF, g_end_BDF, reverse=True)
+        s_in_RDF, (rows, do_RMCD) = _as_rows(None if s_in_nRDF is None else s_in_nRDF[0], (rows, do_RMCD))
 
         def run(dw_DF: Array, row: tuple[Any, ...]) -> tuple[Array, Gradients]:
             return backward_scans(options.transform, w_DF, eta, dw_DF, *row)
 
-        inputs = (s_in_RDF, rows, do_RMCD, g_end_BDF)
+        inputs = (s_in_RDF, rows, do_RMCD, g_end_RDF)
         dw_DF, found = scan(run, empty_state(*w_DF.shape), inputs, s_in_RDF.shape[0])
         dw_dF = sum_over(sum_to_pieces(dw_DF.astype(options.gradient_dtype), *_WEIGHT, 0), "data")
         deta = sum_over(jnp.sum(found.deta), *RULES["batch"], AXIS)
         ds_BDF = found.ds_in_DF if ds_first_BDF is None else ds_first_BDF
-        dbatch = _shaped_as(batch, (found.dz_MCF, found.dv_MCD, found.dgate_M))
+        dbatch = _shaped_as(batch, options, (found.dz_MCF, found.dv_MCD, found.dgate_M))
         return dw_dF.astype(w_dF.dtype), deta, ds_BDF if given else None, *dbatch
 
     in_axes = (_WEIGHT, (), _STATES, _BATCH, _CHUNKS, _CHUNKS, _STATE)
@@ -177,39 +182,77 @@ def _as_rows(s_in_BDF: Array | None, tree: Any) -> tuple[Array, Any]:
     return constrain(empty_DF, None, "mlp")[None], in_one
 
 
-def _shaped_as(batch: Chunks, tree: Any) -> Any:
+def _as_stretches(options: Options, tree: Any) -> Any:
+    """Returns leaves (B M ...) as (P B) (M / P) ...: first the first stretches of all rows."""
+
+    def cut(x: Array) -> Array:
+        by_stretch = x.reshape(x.shape[0], options.stretches, -1, *x.shape[2:])
+        return jnp.swapaxes(by_stretch, 0, 1).reshape(-1, *by_stretch.shape[2:])
+
+    return jax.tree.map(cut, tree)
+
+
+def _kept(rows: Chunks) -> Array:
+    """Returns whether a stretch carries on what it receives (R)."""
+    return jnp.prod(rows.keep_M, axis=1)
+
+
+def _shaped_as(batch: Chunks, options: Options, tree: Any) -> Any:
     """Returns the leaves, R and chunks in front, with the B and M of the batch in front."""
-    return jax.tree.map(lambda x: x.reshape(*batch.keep_M.shape, *x.shape[2:]), tree)
+    rows, chunks = batch.keep_M.shape
+    stretches = options.stretches if axis_size(AXIS) > 1 else 1
+
+    def join(x: Array) -> Array:
+        by_row = jnp.swapaxes(x.reshape(stretches, rows, -1, *x.shape[2:]), 0, 1)
+        return by_row.reshape(rows, chunks, *x.shape[2:])
+
+    return jax.tree.map(join, tree)
 
 
 def exclusive_scan(
-    keep_B: Array, own_BDF: Array, first_BDF: Array | None, *, reverse: bool = False
+    options: Options, keep_R: Array, own_RDF: Array, first_BDF: Array | None, *, reverse: bool = False
 ) -> tuple[Array, Array]:
-    """Inside ``per_device``: the segmented exclusive sum over shards in the order of the row, or from its end.
+    """Inside ``per_device``: the segmented exclusive sum over stretches in the order of the row, or from its end.
 
     Args:
-      keep_B: whether the shard carries on what it receives; 0 or 1.
-      own_BDF: what the shard adds.
-      first_BDF: what the first shard in the direction of the scan receives, the same on all; ``None`` for nothing.
-      reverse: from the last shard to the first.
+      options: how many stretches a shard has.
+      keep_R: whether the stretch carries on what it receives; 0 or 1. R = P B.
+      own_RDF: what the stretch adds.
+      first_BDF: what the first stretch in the direction of the scan receives, the same on all; ``None`` for nothing.
+      reverse: from the last stretch to the first.
 
     Returns:
-      What this shard receives, and what the last one in that direction hands on (the same on all).
+      What the stretches of this shard receive, and what the last one in that direction hands on (the same on all).
     """
-    shards = axis_size(AXIS)
-    rows, width, d_ff = own_BDF.shape
-    own_nBdF = jax.lax.all_to_all(own_BDF.reshape(rows, shards, width // shards, d_ff), AXIS, 1, 0)
-    keep_nB = jax.lax.all_gather(keep_B, AXIS)
+    shards, stretches = axis_size(AXIS), options.stretches
+    rows, (width, d_ff) = own_RDF.shape[0] // stretches, own_RDF.shape[1:]
+    own_nRdF = jax.lax.all_to_all(own_RDF.reshape(-1, shards, width // shards, d_ff), AXIS, 1, 0)
+    keep_nR = jax.lax.all_gather(keep_R, AXIS)
+    keep, own = (x.reshape(shards, stretches, rows, *x.shape[2:]) for x in (keep_nR, own_nRdF))
     if first_BDF is None:
-        first_BdF = jnp.zeros_like(own_nBdF[0])
+        first_BdF = jnp.zeros_like(own_nRdF[0, :rows])
     else:
         start = jax.lax.axis_index(AXIS) * (width // shards)
         first_BdF = jax.lax.dynamic_slice_in_dim(first_BDF, start, width // shards, axis=1)
 
-    def step(carried_BdF: Array, shard: tuple[Array, Array]) -> tuple[Array, Array]:
-        keep_B, own_BdF = shard
+    def step(carried_BdF: Array, stretch: tuple[Array, Array]) -> tuple[Array, Array]:
+        keep_B, own_BdF = stretch
         return keep_B[:, None, None] * carried_BdF + own_BdF, carried_BdF
 
-    last_BdF, received_nBdF = jax.lax.scan(step, first_BdF, (keep_nB, own_nBdF), reverse=reverse)
-    received_BDF = jax.lax.all_to_all(received_nBdF, AXIS, 0, 1).reshape(rows, width, d_ff)
-    return received_BDF, jax.lax.all_gather(last_BdF, AXIS, axis=1, tiled=True)
+    last_BdF, received = jax.lax.scan(step, first_BdF, (_in_row_order(keep), _in_row_order(own)), reverse=reverse)
+    received_nRdF = _by_shard(received, stretches).reshape(own_nRdF.shape)
+    received_RDF = jax.lax.all_to_all(received_nRdF, AXIS, 0, 1).reshape(own_RDF.shape)
+    return received_RDF, jax.lax.all_gather(last_BdF, AXIS, axis=1, tiled=True)
+
+
+def _in_row_order(x_nP: Array) -> Array:
+    """Returns the stretches of all shards as they follow each other: second ones come back from the last shard."""
+    return x_nP[:, 0] if x_nP.shape[1] == 1 else jnp.concatenate([x_nP[:, 0], x_nP[::-1, 1]])
+
+
+def _by_shard(x: Array, stretches: int) -> Array:
+    """Returns what ``_in_row_order`` was given."""
+    if stretches == 1:
+        return x[:, None]
+    first, second = jnp.split(x, 2)
+    return jnp.stack([first, second[::-1]], axis=1)

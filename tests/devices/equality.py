@@ -18,14 +18,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from intttrain.core.config import Config, MeshConfig, default_config, resolve
 from intttrain.core.mesh import make_mesh
+from intttrain.core.row_order import stored_units
 from intttrain.core.sharding import using_mesh
 from intttrain.data import Batch
 from intttrain.model.attention import causal_mask, dense_attention
-from intttrain.model.splash import splash_attention
+from intttrain.model.context_attention import attend
 from intttrain.planner.plan import lower
-from intttrain.train import make_program
+from intttrain.train import Program, make_program
 
-ROWS, T, C = 8, 32, 8
+ROWS, T, C = 8, 32, 4
 MESHES = {
     "fsdp8": {"fsdp": 8},
     "tensor4": {"tensor": 4, "fsdp": 2},
@@ -33,6 +34,9 @@ MESHES = {
     "slices2": {"data": 2, "fsdp": 4, "slices": 2},
     "context2": {"fsdp": 2, "context": 2, "tensor": 2},
     "context4": {"fsdp": 2, "context": 4},
+    "context2_tensor2_gathered": {"fsdp": 2, "context": 2, "tensor": 2, "context_attention": "all_gather"},
+    "context4_gathered": {"fsdp": 2, "context": 4, "context_attention": "all_gather"},
+    "context4_halo": {"fsdp": 2, "context": 4, "sliding_window": 6},  # a window on one device too
     "microbatches2": {"data": 2, "fsdp": 2, "tensor": 2, "microbatches": 2},
 }
 
@@ -44,6 +48,9 @@ def tiny(ttt: bool, **changes: Any) -> Config:
     model.num_heads, model.num_kv_heads, model.head_dim = 8, 4, 8
     model.compute_dtype, model.loss_chunk_tokens, model.initializer_range = "float32", 8, 0.2
     model.ttt.layers, model.ttt.chunk_tokens, model.ttt.eta = (0,), C, 0.5
+    for name in ("context_attention", "sliding_window"):
+        if name in changes:
+            model[name] = changes.pop(name)
     if not ttt:
         model.ttt = None
     config.data.seq_len = config.eval.seq_len = T
@@ -72,6 +79,12 @@ def batch() -> Batch:
     return Batch(tokens[:, :-1], tokens[:, 1:], weights.astype(np.float32), segments, positions)
 
 
+def stored(program: Program) -> Batch:
+    """Returns the batch with the tokens of its rows in the order in which the program stores them."""
+    order = np.concatenate([np.arange(*piece) for piece in program.local_ranges])
+    return jax.tree.map(lambda x: x[:, order], batch())
+
+
 def take_step(config: Config, devices: list[jax.Device]) -> dict[str, np.ndarray]:
     """Returns loss, gradients and new parameters of one step from parameters in which every update is at work."""
     program = make_program(config, devices)
@@ -79,7 +92,7 @@ def take_step(config: Config, devices: list[jax.Device]) -> dict[str, np.ndarray
     if config.model.ttt is not None:
         conv = np.random.default_rng(1).normal(0, 0.3, state["params"]["ttt"]["conv"].shape).astype(np.float32)
         state["params"]["ttt"]["conv"] = jax.device_put(conv, program.state["params"]["ttt"]["conv"].sharding)
-    state, metrics = program.step(state, program.place(batch()))
+    state, metrics = program.step(state, program.place(stored(program)))
     b1 = config.train.optimizer.b1
     trees = {"params": state["params"], "gradient": jax.tree.map(lambda m: m / (1 - b1), state["opt_state"][0].mu)}
     leaves = {
@@ -98,31 +111,43 @@ def lowerings(config: Config, devices: list[jax.Device]) -> tuple[str, str]:
     return planned, program.step.lower(state, program.place(batch())).as_text()
 
 
-def splash_distances(devices: list[jax.Device]) -> dict[str, float]:
-    """Distances of the interpreted TPU kernel on a mesh from dense attention on one device: value, then gradients.
+# mesh, tokens, heads, key/value heads and window of a case
+SPLASH = {
+    # four context shards divide the eight query heads but not the two key/value heads
+    "all_to_all": ({"fsdp": 2, "context": 4}, 128, 8, 2, None),
+    "all_gather": ({"fsdp": 2, "context": 2, "tensor": 2}, 512, 2, 2, None),
+    "all_gather of a row": ({"fsdp": 4, "context": 2}, 512, 2, 1, None),
+    "halo": ({"fsdp": 4, "context": 2}, 256, 2, 1, 100),
+}
 
-    Four context shards divide the eight query heads but not the two key/value heads.
-    """
-    config = MeshConfig(fsdp=2, context=4)
-    q, k, v, do = (
-        jax.random.normal(key, (2, 128, heads, 128))
-        for key, heads in zip(jax.random.split(jax.random.key(0), 4), (8, 2, 2, 8), strict=True)
+
+def splash_distances(devices: list[jax.Device], name: str) -> dict[str, float]:
+    """Distances of the interpreted TPU kernel on a mesh from dense attention on one device: value, then gradients."""
+    mesh_sizes, tokens, heads, kv_heads, window = SPLASH[name]
+    way = name.split(" ")[0]
+    model = dataclasses.replace(
+        tiny(False).model, attention="splash", context_attention=way, sliding_window=window, head_dim=128
     )
-    segments = jnp.asarray(np.repeat([[1, 2, 3]], 2, axis=0).repeat([40, 60, 28], axis=1), jnp.int32)
-    dense = lambda q, k, v: dense_attention(q, k, v, causal_mask(segments, None))  # noqa: E731
-    splash = lambda q, k, v: splash_attention(q, k, v, segments, None, interpret=True)  # noqa: E731
-    wanted, pull = jax.vjp(dense, q, k, v)
-    mesh = make_mesh(config, devices)
+    rows = 2 * mesh_sizes["fsdp"] if name == "all_gather" else mesh_sizes["fsdp"]
+    q, k, v, do = (
+        jax.random.normal(key, (rows, tokens, n, 128))
+        for key, n in zip(jax.random.split(jax.random.key(0), 4), (heads, kv_heads, kv_heads, heads), strict=True)
+    )
+    lengths = [tokens // 4 + 8, tokens // 2, tokens // 4 - 8]
+    segments = jnp.asarray(np.repeat(np.repeat([[1, 2, 3]], lengths, axis=1), rows, axis=0), jnp.int32)
+    wanted, pull = jax.vjp(lambda q, k, v: dense_attention(q, k, v, causal_mask(segments, window)), q, k, v)
+    order = stored_units(tokens, mesh_sizes["context"], 1, balanced=way == "all_gather")
+    mesh = make_mesh(MeshConfig(**mesh_sizes), devices)
 
     def spread(q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array) -> tuple[jax.Array, ...]:
         with using_mesh(mesh):
-            value, pull = jax.vjp(splash, q, k, v)
+            value, pull = jax.vjp(lambda q, k, v: attend(model, q, k, v, segments[:, order]), q, k, v)
             return value, *pull(do)
 
-    rows = NamedSharding(mesh, PartitionSpec("fsdp"))
-    pulled = jax.jit(spread, in_shardings=rows, out_shardings=rows)(q, k, v, do)
-    names = ("value", "dq", "dk", "dv")
-    return {n: distance(a, b) for n, a, b in zip(names, (wanted, *pull(do)), jax.device_get(pulled), strict=True)}
+    by_rows = NamedSharding(mesh, PartitionSpec("fsdp"))
+    spread = jax.jit(spread, in_shardings=by_rows, out_shardings=by_rows)
+    pulled = [np.asarray(x)[:, np.argsort(order)] for x in spread(*(x[:, order] for x in (q, k, v, do)))]
+    return {n: distance(a, b) for n, a, b in zip(("value", "dq", "dk", "dv"), (wanted, *pull(do)), pulled, strict=True)}
 
 
 def distance(one: np.ndarray, many: np.ndarray) -> float:
@@ -138,10 +163,13 @@ def main() -> None:
         kind = "ttt" if ttt else "dense"
         one = take_step(tiny(ttt), devices[:1])
         for name, changes in MESHES.items():
+            if "sliding_window" in changes:
+                one = take_step(tiny(ttt, sliding_window=changes["sliding_window"]), devices[:1])
             many = take_step(tiny(ttt, **changes), devices)
             result[f"{kind} {name}"] = {leaf: distance(one[leaf], many[leaf]) for leaf in one}
     texts = {kind: lowerings(tiny(kind == "ttt", data=2, fsdp=2, tensor=2), devices) for kind in ("ttt", "dense")}
-    print(json.dumps({"distances": result, "lowerings": texts, "splash": splash_distances(devices)}))
+    splash = {f"{case} {name}": d for case in SPLASH for name, d in splash_distances(devices, case).items()}
+    print(json.dumps({"distances": result, "lowerings": texts, "splash": splash}))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from intttrain.model.attention import attend, banded_attention, causal_mask, dense_attention
+from intttrain.model.attention import banded_attention, causal_mask, dense_attention
+from intttrain.model.context_attention import attend
 from tests.model import numpy_decoder
 from tests.model.tiny import TINY, rows
 from tests.ttt.cases import assert_close, assert_same

@@ -11,8 +11,9 @@ import pytest
 
 from intttrain.core.errors import UserError
 from intttrain.model import splash_blocks
-from intttrain.model.attention import attend, causal_mask, dense_attention
-from intttrain.model.splash import BandMask, kernel, masks, splash_attention, supports
+from intttrain.model.attention import causal_mask, dense_attention
+from intttrain.model.context_attention import attend
+from intttrain.model.splash import BandMask, kernel, masks, supports
 from intttrain.model.splash_blocks import choose_blocks
 from tests.model.test_causality import CONFIG
 
@@ -39,8 +40,10 @@ def test_splash_is_dense_in_value_and_gradient(rows, window):
     def dense(q, k, v):
         return dense_attention(q, k, v, causal_mask(ids, window))
 
+    config = dataclasses.replace(CONFIG, attention="splash", head_dim=H, sliding_window=window)
+
     def splash(q, k, v):
-        return splash_attention(q, k, v, ids, window, interpret=True)
+        return attend(config, q, k, v, ids)
 
     wanted, pull = jax.vjp(dense, q, k, v)
     actual, pull_splash = jax.vjp(splash, q, k, v)
@@ -73,7 +76,7 @@ def test_blocks_are_chosen_as_with_the_masks_of_the_library(make, window):
     theirs = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), 0)
     ours, wanted = (
         make(masks.MultiHeadMask([mask] * 2), block_sizes=sizes, head_shards=1, q_seq_shards=1)
-        for mask in (BandMask(tokens, window), theirs)
+        for mask in (BandMask(np.arange(tokens), tokens, window), theirs)
     )
     for info in ("fwd_mask_info", "dq_mask_info", "dkv_mask_info"):
         for name in ("data_next", "block_mask", "q_sequence"):
