@@ -35,23 +35,16 @@ class Blocks(NamedTuple):
     backward: Tile
 
 
-_SHORT = Blocks(Tile(1024, 1024, 512), Tile(1024, 1024, 1024))  # v5p: .75, .92; v5e: .80, .95; v6e: .26, .40
-# device_kind -> shortest row of such blocks, longest first. Of v6e and tpu7x .5 is the best: a head dim of 128 fills
-# half of their matrix unit.
-_LONG: Mapping[str, tuple[tuple[int, Blocks], ...]] = types.MappingProxyType(
-    {
-        "TPU v5": (  # v5p: .82, .97 and .95
-            (131072, Blocks(Tile(2048, 2048, 512), Tile(2048, 4096, 1024))),
-            (32768, Blocks(Tile(2048, 2048, 512), Tile(2048, 2048, 2048))),
-        ),
-        "TPU v5 lite": (  # v5e: .84, .98 and .95
-            (131072, Blocks(Tile(1024, 2048, 512), Tile(2048, 4096, 1024))),
-            (32768, Blocks(Tile(1024, 2048, 512), Tile(1024, 1024, 512))),
-        ),
-        "TPU v6 lite": (  # v6e: .28, .44 and .42
-            (131072, Blocks(Tile(1024, 2048, 512), Tile(2048, 4096, 1024))),
-            (32768, Blocks(Tile(1024, 2048, 512), Tile(2048, 2048, 512))),
-        ),
+_SHORT = Blocks(Tile(1024, 1024, 512), Tile(1024, 2048, 1024))  # v5p: .75, .94; v5e: .80, .96; v6e: .26, .41
+_WINDOW = Blocks(Tile(1024, 1024, 512), Tile(1024, 1024, 1024))
+_LONG_ROW = 32768
+_LONG: Mapping[str, Blocks] = types.MappingProxyType(
+    {  # by device_kind
+        "TPU v5": Blocks(Tile(2048, 2048, 512), Tile(2048, 4096, 1024)),  # v5p: .82, .97
+        "TPU v5 lite": Blocks(Tile(1024, 2048, 512), Tile(2048, 4096, 1024)),  # v5e: .84, .98
+        # Of these .5 is the best: a head dim of 128 fills half of their matrix unit.
+        "TPU v6 lite": Blocks(Tile(1024, 4096, 512), Tile(2048, 4096, 1024)),  # v6e: .29, .44
+        "TPU7x": Blocks(Tile(2048, 4096, 512), Tile(1024, 4096, 512)),  # .30, .43
     }
 )
 
@@ -64,8 +57,10 @@ def choose_blocks(keys: int, queries: int, window: int | None) -> Blocks:
       queries: tokens that attend, or of every piece of them that is consecutive in the row.
       window: how many tokens a query sees; ``None`` for all before it.
     """
-    lengths = _LONG.get(device_kind(), ()) if window is None else ()
-    chosen = next((blocks for shortest, blocks in lengths if keys >= shortest), _SHORT)
+    if window is not None:
+        chosen = _WINDOW
+    else:
+        chosen = _LONG.get(device_kind(), _SHORT) if keys >= _LONG_ROW else _SHORT
 
     def fit(tile: Tile) -> Tile:
         return Tile(math.gcd(queries, tile.q), math.gcd(keys, tile.kv), math.gcd(keys, tile.compute))

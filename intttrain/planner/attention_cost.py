@@ -21,6 +21,8 @@ import types
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import numpy as np
+
 from intttrain.core.hardware import Chip
 from intttrain.planner.hlo import Instruction
 from intttrain.planner.kernels import KernelCost, KernelModel, is_kernel, kernel_name, kernel_settings
@@ -87,7 +89,8 @@ EFFICIENCY: Mapping[str, Mapping[str, Mapping[Blocks, float]]] = types.MappingPr
         "v6e": {
             "fwd": {
                 Blocks(512, 512, 512): 0.216, Blocks(1024, 1024, 512): 0.255, Blocks(1024, 1024, 1024): 0.201,
-                Blocks(1024, 2048, 512): 0.276, Blocks(2048, 2048, 2048): 0.195,
+                Blocks(1024, 2048, 512): 0.276, Blocks(1024, 4096, 512): 0.289, Blocks(2048, 2048, 512): 0.281,
+                Blocks(2048, 2048, 2048): 0.195,
             },
             "bwd": {
                 Blocks(1024, 1024, 512): 0.394, Blocks(1024, 1024, 1024): 0.398, Blocks(1024, 2048, 1024): 0.413,
@@ -103,7 +106,9 @@ EFFICIENCY: Mapping[str, Mapping[str, Mapping[Blocks, float]]] = types.MappingPr
         },
         "tpu7x": {
             "fwd": {
-                Blocks(512, 512, 512): 0.174, Blocks(1024, 1024, 512): 0.241, Blocks(1024, 1024, 1024): 0.191,
+                Blocks(512, 512, 512): 0.174, Blocks(512, 2048, 512): 0.258, Blocks(1024, 1024, 512): 0.241,
+                Blocks(1024, 1024, 1024): 0.191, Blocks(1024, 2048, 512): 0.277, Blocks(1024, 4096, 512): 0.288,
+                Blocks(2048, 2048, 512): 0.284, Blocks(2048, 4096, 512): 0.300,
             },
             "bwd": {
                 Blocks(1024, 1024, 512): 0.404, Blocks(1024, 1024, 1024): 0.400, Blocks(1024, 2048, 512): 0.420,
@@ -169,17 +174,26 @@ class AttentionCall(NamedTuple):
 def causal_blocks(queries: int, keys: int, width: int, blocks: Blocks, *, by_keys: bool) -> int:
     """Blocks of one head that touch a causal mask in a band.
 
+    Fewer queries than keys are those of a context shard. In a band they are the last ones (the keys before them came
+    from another shard); without one half of them are the first and half the last of the row, as balanced rows are
+    stored: other shards have as many blocks.
+
     Args:
       queries, keys: tokens.
       width: length of the grid's last dimension: how many blocks a row of the grid can have.
       blocks: tokens of a block.
-      by_keys: a row of the grid is a block of keys (dkv), not one of queries.
+      by_keys: a row of the grid is a block of keys (bwd, dkv), not one of queries.
     """
     rows_q, rows_kv = queries // blocks.q, keys // blocks.kv
-    if by_keys:
-        counts = (rows_q - min(rows_q, j * blocks.kv // blocks.q) for j in range(rows_kv))
+    ends = np.arange(1, rows_q + 1) * blocks.q
+    if width < (rows_q if by_keys else rows_kv):
+        ends += keys - queries
     else:
-        counts = (min(rows_kv, -(-(i + 1) * blocks.q // blocks.kv)) for i in range(rows_q))
+        ends[(rows_q + 1) // 2 :] += keys - queries
+    if by_keys:
+        counts = (int(np.sum(ends > j * blocks.kv)) for j in range(rows_kv))
+    else:
+        counts = (min(rows_kv, -(-int(end) // blocks.kv)) for end in ends)
     return sum(min(count, width) for count in counts)
 
 

@@ -14,6 +14,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.sharding import NamedSharding, PartitionSpec
 
 from intttrain.core.hardware import CHIPS
+from intttrain.core.row_order import stored_units
 from intttrain.planner.attention_cost import (
     EFFICIENCY,
     AttentionCall,
@@ -118,6 +119,27 @@ def test_a_band_of_unequal_blocks_is_at_most_one_block_a_row_too_wide(blocks, wi
     for by_keys, rows in ((False, tiles), (True, tiles.T)):
         counted = causal_blocks(TOKENS, TOKENS, int(rows.sum(1).max()), blocks, by_keys=by_keys)
         assert tiles.sum() <= counted <= tiles.sum() + len(rows)
+
+
+@pytest.mark.parametrize("blocks", [Blocks(64, 128, 128), Blocks(128, 64, 64), Blocks(128, 128, 128)])
+def test_blocks_of_a_context_shard_are_those_of_its_mask(blocks):
+    """Balanced pieces of a row over four shards (any of them), and a window that begins in the shard before."""
+    shards, own = 4, TOKENS // 4
+    order = stored_units(TOKENS, shards, 1, balanced=True).reshape(shards, own)
+    causal = np.arange(TOKENS)[:, None] >= np.arange(TOKENS)[None]
+    halo, window = 128, 129
+    distance = halo + np.arange(own)[:, None] - np.arange(halo + own)[None]
+    band = (distance >= 0) & (distance < window)
+    for mask, width in (*((causal[order[shard]], TOKENS) for shard in range(shards)), (band, 2 * max(blocks))):
+        queries, keys = mask.shape
+        tiles = mask.reshape(queries // blocks.q, blocks.q, keys // blocks.kv, blocks.kv).any(axis=(1, 3))
+        for by_keys, lines in ((False, tiles), (True, tiles.T)):
+            columns = width // (blocks.q if by_keys else blocks.kv)
+            if by_keys and columns >= lines.shape[1]:
+                continue  # a window as long as the shard
+            counted = causal_blocks(queries, keys, columns, blocks, by_keys=by_keys)
+            # shards differ by at most a block in every line, and so may a band
+            assert abs(int(tiles.sum()) - counted) <= len(lines), (queries, keys, by_keys)
 
 
 # --- prices --------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from intttrain import ttt
+from intttrain.core.row_order import stored_units
 from intttrain.ttt.layout import NO_DOCUMENT
 from tests.ttt import loop
 
@@ -27,7 +28,10 @@ Leaves = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Rows, and how the fast weight moves in them. ``carried`` names the document that came in, per row."""
+    """Rows, and how the fast weight moves in them.
+
+    ``carried`` names the document that came in, per row; the gates of the chunks ``shut`` are 0.
+    """
 
     name: str
     rows: tuple[tuple[int, ...], ...]
@@ -35,6 +39,7 @@ class Case:
     chunk_tokens: int = C
     conv: bool = True
     transform: ttt.DeltaTransform = PLAIN
+    shut: tuple[int, ...] = ()
 
     @property
     def segments_BT(self) -> np.ndarray:
@@ -73,6 +78,8 @@ CASES = (
     Case("next_position", MIXED, conv=False),
     Case("chunk_smaller_than_taps", MIXED, chunk_tokens=2),
     Case("one_chunk", MIXED, carried=(1, 1, 5), chunk_tokens=16),
+    Case("gates_mixed", MIXED, shut=(0, 2)),
+    Case("gates_shut", MIXED, carried=(1, 1, 5), shut=(0, 1, 2, 3)),
     Case("clip", MIXED, transform=ttt.DeltaTransform(clip=4.0)),
     Case("clip_and_spectral", MIXED, transform=ttt.DeltaTransform(clip=6.0, spectral=4.0)),
     Case("row_norm_and_clip", MIXED, (1, 1, 1), transform=ttt.DeltaTransform(clip=4.0, preserve_row_norm=True)),
@@ -104,6 +111,7 @@ def leaves_of(case: Case, seed: int = 0) -> Leaves:
         "eta": np.float32(0.3),
         "s_in": normal(rows, D, F, scale=0.5) * (case.document_B != NO_DOCUMENT)[:, None, None],
     }
+    leaves["gates"][:, list(case.shut)] = 0.0
     return leaves if case.conv else {name: leaf for name, leaf in leaves.items() if name != "conv"}
 
 
@@ -116,11 +124,17 @@ def cotangents(case: Case) -> tuple[np.ndarray, np.ndarray]:
 
 
 def forward(
-    case: Case, leaves: Leaves, segments_BT: Any, implementation: str = "chunked", *, fresh: bool = False
+    case: Case,
+    leaves: Leaves,
+    segments_BT: Any,
+    implementation: str = "chunked",
+    *,
+    fresh: bool = False,
+    balanced: bool = False,
 ) -> ttt.FastWeightOutput:
     """Runs targets and projection of one layer; ``leaves`` in the dtypes that the test chose.
 
-    ``fresh`` passes no state, as a trainer does, and gets none back.
+    ``fresh`` passes no state, as a trainer does, and gets none back. ``balanced``: rows are stored so.
     """
     leaves = {"conv": None} | jax.tree.map(jnp.asarray, leaves)
     segments_BT = jnp.asarray(segments_BT)
@@ -135,6 +149,7 @@ def forward(
         gates_BM=leaves["gates"],
         state=None if fresh else ttt.FastWeightState(leaves["s_in"], jnp.asarray(case.document_B)),
         transform=case.transform,
+        balanced=balanced,
         implementation=implementation,
     )
 
@@ -161,12 +176,29 @@ def shape_of(case: Case) -> Case:
     return Case("", ((0,),) * len(case.rows), None, case.chunk_tokens, case.conv, case.transform)
 
 
-def loss_function(case_key: Case, implementation: str, *, fresh: bool = False) -> Callable[..., Any]:
-    """Returns ``loss_of`` and the output as a function of leaves, segments, documents and ``cotangents``."""
+def loss_function(
+    case_key: Case, implementation: str, *, fresh: bool = False, balanced_over: int | None = None
+) -> Callable[..., Any]:
+    """Returns ``loss_of`` and the output as a function of leaves, segments, documents and ``cotangents``.
+
+    With ``balanced_over`` context shards the layer gets rows stored balanced, of which nothing is seen outside.
+    """
+    balanced, chunk_tokens = balanced_over is not None, case_key.chunk_tokens
+    tokens_T, chunks_M = (stored_units(T, balanced_over or 1, unit, balanced=balanced) for unit in (1, chunk_tokens))
+
+    def as_read(output: ttt.FastWeightOutput) -> ttt.FastWeightOutput:
+        by_chunk = ("delta_norm_BM", "state_norm_BM")
+        read = {name: getattr(output, name)[:, np.argsort(chunks_M)] for name in by_chunk}
+        return output._replace(o_BTD=output.o_BTD[:, np.argsort(tokens_T)], **read)
 
     def loss(leaves: Leaves, segments_BT: jax.Array, document_B: jax.Array, along: Any) -> Any:
         case = _Shaped(case_key, document_B)
-        output = forward(case, leaves, segments_BT, implementation, fresh=fresh)
+        if balanced:
+            stored = {name: leaves[name][:, tokens_T] for name in ("z", "x", "v")}
+            leaves = leaves | stored | {"gates": leaves["gates"][:, chunks_M]}
+            segments_BT = segments_BT[:, tokens_T]
+        output = forward(case, leaves, segments_BT, implementation, fresh=fresh, balanced=balanced)
+        output = as_read(output) if balanced else output
         along_o_BTD, along_s_BDF = along
         value = jnp.sum(output.o_BTD.astype(jnp.float32) * along_o_BTD)
         return (value if fresh else value + jnp.sum(output.state.s_BDF * along_s_BDF)), output

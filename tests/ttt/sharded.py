@@ -31,15 +31,23 @@ MESHES = {
     "context2_tensor2": {"context": 2, "tensor": 2},
     "fsdp2_context4": {"fsdp": 2, "context": 4},
     "context8": {"context": 8},
+    "balanced2": {"context": 2},
+    "balanced4": {"context": 4},
+    "fsdp2_balanced2_tensor2": {"fsdp": 2, "context": 2, "tensor": 2},
 }
-FAULTS = ("restart", "inclusive", "forgets_documents", "no_sum_of_eta", "forward_order_backward")
+FAULTS = ("restart", "inclusive", "forgets_documents", "no_sum_of_eta", "forward_order_backward", "stored_order")
 
 
-def runs_on(case: Case, sizes: dict[str, int], *, fresh: bool) -> bool:
-    """Whether every shard gets whole chunks and whole rows, and ``fresh`` rows bring no state."""
-    chunks, rows = T // case.chunk_tokens, len(case.rows)
-    whole = chunks % sizes.get("context", 1) == 0 and rows % (sizes.get("data", 1) * sizes.get("fsdp", 1)) == 0
+def runs_on(case: Case, mesh_name: str, *, fresh: bool) -> bool:
+    """Whether every piece is whole chunks, every shard gets whole rows, and ``fresh`` rows bring no state."""
+    chunks, rows, sizes = T // case.chunk_tokens, len(case.rows), MESHES[mesh_name]
+    pieces = sizes.get("context", 1) * (2 if is_balanced(mesh_name) else 1)
+    whole = chunks % pieces == 0 and rows % (sizes.get("data", 1) * sizes.get("fsdp", 1)) == 0
     return whole and not (fresh and case.carried)
+
+
+def is_balanced(mesh_name: str) -> bool:
+    return "balanced" in mesh_name
 
 
 def name_of(mesh_name: str, case: Case, *, fresh: bool) -> str:
@@ -47,10 +55,13 @@ def name_of(mesh_name: str, case: Case, *, fresh: bool) -> str:
     return f"{mesh_name} {case.name}{' fresh' if fresh else ''}"
 
 
-def sharded_program(case: Case, mesh: jax.sharding.Mesh, *, fresh: bool = False) -> Callable[..., Any]:
+def sharded_program(
+    case: Case, mesh: jax.sharding.Mesh, *, fresh: bool = False, balanced: bool = False
+) -> Callable[..., Any]:
     """``cases.gradients`` of the shape of this case, on a mesh."""
 
-    loss = loss_function(shape_of(case), "chunked", fresh=fresh)
+    balanced_over = mesh.shape["context"] if balanced else None
+    loss = loss_function(shape_of(case), "chunked", fresh=fresh, balanced_over=balanced_over)
 
     def on_mesh(*inputs: Any) -> Any:
         with using_mesh(mesh):
@@ -76,28 +87,33 @@ def distances(case: Case, program: Callable[..., Any], *, fresh: bool = False) -
 @contextmanager
 def planted(fault: str) -> Any:
     """Makes one mistake in ``shards`` that public code has made."""
-    scan, add = shards.exclusive_scan, shards.sum_over
+    scan, add, order = shards.exclusive_scan, shards.sum_over, shards._in_row_order
 
-    def restart(keep_B: Any, own_BDF: Any, first_BDF: Any, **options: Any) -> Any:
-        received, last = scan(keep_B, own_BDF, first_BDF, **options)
+    def restart(options: Any, keep_R: Any, own_RDF: Any, first_BDF: Any, **direction: Any) -> Any:
+        received, last = scan(options, keep_R, own_RDF, first_BDF, **direction)
         return jnp.zeros_like(received), last
 
-    def inclusive(keep_B: Any, own_BDF: Any, first_BDF: Any, **options: Any) -> Any:
-        received, last = scan(keep_B, own_BDF, first_BDF, **options)
-        return keep_B[:, None, None] * received + own_BDF, last
+    def inclusive(options: Any, keep_R: Any, own_RDF: Any, first_BDF: Any, **direction: Any) -> Any:
+        received, last = scan(options, keep_R, own_RDF, first_BDF, **direction)
+        return keep_R[:, None, None] * received + own_RDF, last
+
+    def forgets_documents(options: Any, keep_R: Any, *states: Any, **direction: Any) -> Any:
+        return scan(options, jnp.ones_like(keep_R), *states, **direction)
 
     faulty = {
         "restart": restart,
         "inclusive": inclusive,
-        "forgets_documents": lambda keep, own, first, **options: scan(jnp.ones_like(keep), own, first, **options),
-        "forward_order_backward": lambda keep, own, first, *, reverse=False: scan(keep, own, first),
+        "forgets_documents": forgets_documents,
+        "forward_order_backward": lambda *inputs, reverse=False: scan(*inputs),
     }
     shards.exclusive_scan = faulty.get(fault, scan)
+    if fault == "stored_order":  # two pieces of a shard taken for neighbours
+        shards._in_row_order = lambda x_nP: x_nP.reshape(-1, *x_nP.shape[2:])
     shards.sum_over = (lambda x, *axes: x) if fault == "no_sum_of_eta" else add
     try:
         yield
     finally:
-        shards.exclusive_scan, shards.sum_over = scan, add
+        shards.exclusive_scan, shards.sum_over, shards._in_row_order = scan, add, order
 
 
 def main() -> None:
@@ -108,14 +124,16 @@ def main() -> None:
         programs: dict[tuple[Case, bool], Callable[..., Any]] = {}
         for case in CASES:
             for fresh in (False, True):
-                if runs_on(case, sizes, fresh=fresh):
-                    program = programs.setdefault((shape_of(case), fresh), sharded_program(case, mesh, fresh=fresh))
+                if runs_on(case, mesh_name, fresh=fresh):
+                    made = sharded_program(case, mesh, fresh=fresh, balanced=is_balanced(mesh_name))
+                    program = programs.setdefault((shape_of(case), fresh), made)
                     found[name_of(mesh_name, case, fresh=fresh)] = distances(case, program, fresh=fresh)
-    mesh = make_mesh(MeshConfig(fsdp=1, context=4), devices[:4])
     case = BY_NAME["state_in"]
     for fault in FAULTS:
+        balanced = fault == "stored_order"
+        mesh = make_mesh(MeshConfig(fsdp=1, context=2 if balanced else 4), devices[: 2 if balanced else 4])
         with planted(fault):
-            found[f"fault {fault}"] = distances(case, sharded_program(case, mesh))
+            found[f"fault {fault}"] = distances(case, sharded_program(case, mesh, balanced=balanced))
     print(json.dumps(found))
 
 
