@@ -80,6 +80,12 @@ class Program:
 
         return cast(Batch, jax.tree.map(globally, local_batch, self.batch))
 
+    def take(self, state: TrainState) -> TrainState:
+        """Returns the state laid out for this program, the bits unchanged; the one of another program is donated."""
+        return cast(
+            TrainState, jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, self.state), donate=True)
+        )
+
 
 def _find(held: Ranges, index: slice, size: int) -> slice:
     """Returns where a piece of a dim of ``size`` stands among the pieces that are held, which are equally long."""
