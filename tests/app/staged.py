@@ -2,12 +2,13 @@
 
     python -m tests.app.staged FOLDER
 
-Prints the checksums of both runs, what was reported and which model is read back, as JSON. A process of its own because
-the number of CPU devices is fixed when JAX starts.
+Prints as JSON the checksums of both runs, what was reported, which model is read back and how many labels the text of
+each step has. A process of its own because the number of CPU devices is fixed when JAX starts.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ from pathlib import Path
 import jax
 
 from intttrain.app.runs import load_trained
-from tests.app.small import CONFIG_TEXT, done
+from intttrain.data import make_row_dataset
+from tests.app.small import CONFIG_TEXT, config_of, done
 
 LAST = {"model.rope.theta": 1e5, "model.remat": "full"}
 STAGES = (
@@ -39,9 +41,9 @@ def main() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     config = f"--config={root / 'small.py'}"
     (root / "corpus").mkdir()
-    for document in range(30):
-        words = [("one", "two", "three", "seven")[(document * place) % 7 % 4] for place in range(5 + 3 * document)]
-        (root / "corpus" / f"{document:02}.txt").write_text(f"{document} " + " ".join(words))
+    for document in range(150):  # most of them short, so that the number of labels tells one text from another
+        length = 120 if document % 10 == 0 else 1 + document % 7
+        (root / "corpus" / f"{document:03}.txt").write_text(f"{document}" + "abc defgh"[document % 5 :] * (length // 3))
     text = CONFIG_TEXT.format(root=str(root), num_steps=6, batch_rows=2)
     end = "    return config"
     (root / "small.py").write_text(text.replace(end, f"    config.train.stages = {STAGES}\n{end}"))
@@ -58,7 +60,9 @@ def main() -> None:
         for name, workdir, steps in (("straight", straight, (2, 4, 6)), ("stopped", stopped, (*STOPS, 4, 6)))
     }
     thetas = [load_trained(straight, step).config.model.rope.theta for step in (2, 4, 6)]
-    print(json.dumps({"reports": lines, "thetas": thetas, **found}))
+    blocks = make_row_dataset(dataclasses.replace(config_of(straight).data, seq_len=128), 257)
+    labels = [int(sum(blocks[row].loss_weights_BT.sum() for row in (2 * step, 2 * step + 1))) for step in range(6)]
+    print(json.dumps({"reports": lines, "thetas": thetas, "labels": labels, **found}))
 
 
 if __name__ == "__main__":

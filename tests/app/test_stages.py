@@ -61,8 +61,8 @@ def test_mistakes_are_one_line_before_anything_is_compiled(world, tmp_path, comm
     assert not (tmp_path / "new").exists()
 
 
-def test_metrics_of_both_are_the_same(staged):
-    root, _ = staged
+def test_metrics_of_both_are_the_same_and_of_the_text_in_order(staged):
+    root, found = staged
     timing = ("time", "tokens_per_second", "eta_seconds")
     records = [
         [
@@ -73,3 +73,5 @@ def test_metrics_of_both_are_the_same(staged):
     ]
     assert records[0] == records[1]
     assert [record["step"] for record in records[0]] == list(range(1, STAGES[-1]["until_step"] + 1))
+    assert [record["tokens"] for record in records[0]] == found["labels"], "step n reads blocks 2 n and 2 n + 1"
+    assert len(set(found["labels"])) > 3, "another text would show"
