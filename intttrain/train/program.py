@@ -81,10 +81,17 @@ class Program:
         return cast(Batch, jax.tree.map(globally, local_batch, self.batch))
 
     def take(self, state: TrainState) -> TrainState:
-        """Returns the state laid out for this program, the bits unchanged; the one of another program is donated."""
-        return cast(
-            TrainState, jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, self.state), donate=True)
-        )
+        """Returns the state of another program laid out for this one, the bits unchanged; the old one is deleted.
+
+        One array after the other, so a device need not hold two states.
+        """
+
+        def move(leaf: jax.Array, target: jax.ShapeDtypeStruct) -> jax.Array:
+            moved = jax.device_put(leaf, target.sharding, may_alias=False)
+            leaf.delete()  # donation would keep every buffer whose pieces change their shape
+            return moved
+
+        return cast(TrainState, jax.tree.map(move, state, self.state))
 
 
 def _find(held: Ranges, index: slice, size: int) -> slice:

@@ -7,9 +7,19 @@ from pathlib import Path
 
 import pytest
 
+from intttrain import planner
+from intttrain.core.errors import UserError
 from tests.app.small import cli, error_line
 from tests.app.staged import STAGES, STOPS
 from tests.forced_devices import on_eight_cpu_devices
+
+
+def with_stages(world, folder, stages):
+    """Returns the flag for the small configuration in stages."""
+    end = "    return config"
+    text = (world.root / "small.py").read_text()
+    (folder / "staged.py").write_text(text.replace(end, f"    config.train.stages = {stages}\n{end}"))
+    return f"--config={folder / 'staged.py'}"
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +63,21 @@ def test_a_model_is_read_back_as_the_stage_had_it(staged):
 )
 def test_mistakes_are_one_line_before_anything_is_compiled(world, tmp_path, command, wanted):
     stages = ({"until_step": 4, "overrides": {}}, {"until_step": 10, "overrides": {"mesh.fsdp": 3}})
-    end = "    return config"
-    text = (world.root / "small.py").read_text().replace(end, f"    config.train.stages = {stages}\n{end}")
-    (tmp_path / "staged.py").write_text(text)
+    config = with_stages(world, tmp_path, stages)
     name, *flags = command.format(new=tmp_path / "new").split()
-    assert wanted in error_line(cli(name, f"--config={tmp_path / 'staged.py'}", *flags))
+    assert wanted in error_line(cli(name, config, *flags))
     assert not (tmp_path / "new").exists()
+
+
+def test_one_stage_is_planned(world, tmp_path, monkeypatch):
+    def make_plan(config, topology, *, hlo):
+        raise UserError(f"{config.name} on {topology}: rows of {config.data.seq_len}, {config.train.stages}")
+
+    monkeypatch.setattr(planner, "make_plan", make_plan)
+    stages = ({"until_step": 4, "overrides": {"data.seq_len": 32}}, {"until_step": 10, "overrides": {}})
+    config = with_stages(world, tmp_path, stages)
+    line = error_line(cli("plan", config, "--topology=v5e:2x2", "--stage=1"), after_other_lines=True)
+    assert line == "error: small-ttt-stage-1 on v5e:2x2: rows of 32, ()"
 
 
 def test_metrics_of_both_are_the_same_and_of_the_text_in_order(staged):
