@@ -10,6 +10,13 @@ A variant is a size and a length; `_dense` at the end is the twin without TTT: s
 weights. The default is `4b_8k`, the shape of the speed and memory comparisons. 2.1 M (2^21) tokens a step everywhere;
 20 B tokens at 32k, then 15 B at 128k, where every row lies on a sixteenth of the devices.
 
+`4b_staged` is one run over 8k, 32k and 128k (10 B, 10 B and 15 B tokens), the schedule and the optimizer state going
+through. The stages are the variants 4b_8k, 4b_32k and 4b_128k, and so are their plans; the short rows at the beginning
+are ours. `4b_staged_dense` is its twin.
+
+    intttrain plan  --config=configs/qwen3.py:4b_staged --topology=v5p:4x4x4 --stage=1
+    intttrain train --config=configs/qwen3.py:4b_staged --workdir=runs/qwen3/4b_staged
+
 Predicted, "-" where there is no plan yet; "A / B" is with TTT / dense:
 
     | variant     | topology    | mesh                 | rows x tokens | peak GiB    | step s         |
@@ -27,13 +34,16 @@ Predicted, "-" where there is no plan yet; "A / B" is with TTT / dense:
 Other topologies and lengths: `docs/configs.md`.
 """
 
+from typing import Any
+
 import ml_collections
 
 from intttrain.core.config import default_config
 
 V5P, V5E, V6E = "v5p:4x4x4", "v5e:16x16", "v6e:16x16"
 
-# Variant -> the topologies it is planned for; `intttrain plan --compare` plans any twin. The keys are all variants.
+# Variant -> the topologies it is planned for; `intttrain plan --compare` plans any twin. With STAGED the keys are all
+# variants.
 TOPOLOGIES: dict[str, tuple[str, ...]] = {
     "4b_8k": (V5P,),
     "4b_32k": (V5P,),
@@ -51,6 +61,8 @@ TOPOLOGIES: dict[str, tuple[str, ...]] = {
     "14b_128k_dense": (),
 }
 
+STAGED = ("4b_staged", "4b_staged_dense")
+
 SIZES = {  # d_model, d_ff, layers, query heads, whether the output head is the embedding
     "4b": (2560, 9728, 36, 32, True),
     "8b": (4096, 12288, 36, 32, False),
@@ -61,13 +73,17 @@ LENGTHS = {  # tokens a row, tokens in all; 8k is no stage of the recipe, it tak
     "32k": (32768, 20e9),
     "128k": (131072, 15e9),
 }
+STAGES = {"8k": 10e9, "32k": 10e9, "128k": 15e9}  # tokens of each stage of a staged run, the last is the longest
 TOKENS_PER_STEP = 2**21  # not published
 
 
 def get_config(variant: str = "4b_8k") -> ml_collections.ConfigDict:
-    if variant not in TOPOLOGIES:
-        raise ValueError(f"configs/qwen3.py has the variants {', '.join(TOPOLOGIES)}, not {variant!r}")
+    variants = (*TOPOLOGIES, *STAGED)
+    if variant not in variants:
+        raise ValueError(f"configs/qwen3.py has the variants {', '.join(variants)}, not {variant!r}")
     size, length, *options = variant.split("_")
+    if staged := length == "staged":
+        length = "128k"
     seq_len, tokens = LENGTHS[length]
 
     config = default_config()
@@ -80,8 +96,7 @@ def get_config(variant: str = "4b_8k") -> ml_collections.ConfigDict:
     model.rope.theta = 1e6
     if length == "128k":
         model.rope.scaling = {"kind": "yarn", "factor": 4.0, "original_max_position": 32768}
-    # Attention takes longer to recompute the longer the row is; at 8k there is room to keep its inputs as well.
-    model.remat = "qkv" if length == "8k" else "attention"
+    model.remat = _remat(length)
     model.ttt.layers = tuple(range(0, model.num_layers, 6))
     model.ttt.target, model.ttt.chunk_tokens = "hidden_states", 1024
     # eta and the chunk are coupled: nothing divides by C. The authors' code has 3 with chunks of 4096. The state at
@@ -114,4 +129,35 @@ def get_config(variant: str = "4b_8k") -> ml_collections.ConfigDict:
     config.eval.seq_len = config.eval.min_document_tokens = seq_len
     config.eval.position_edges = tuple(seq_len >> halvings for halvings in (5, 4, 3, 2, 1, 0))
     config.eval.batch_rows = 1
+
+    if staged:
+        _add_stages(config)
     return config
+
+
+def _add_stages(config: ml_collections.ConfigDict) -> None:
+    """Puts the stages with shorter rows before the last one, which is the configuration as it is."""
+    train, last = config.train, list(STAGES)[-1]
+    train.num_steps, train.stages = 0, ()
+    for length, tokens in STAGES.items():
+        train.num_steps += round(tokens / TOKENS_PER_STEP)
+        overrides = {} if length == last else _shorter_rows(length)
+        train.stages += ({"until_step": train.num_steps, "overrides": overrides},)
+
+
+def _shorter_rows(length: str) -> dict[str, Any]:
+    """Returns what sets the variant of this length apart from that of 128k."""
+    seq_len, _ = LENGTHS[length]
+    return {
+        "data.seq_len": seq_len,
+        "train.batch_rows": TOKENS_PER_STEP // seq_len,
+        "mesh.fsdp": None,
+        "mesh.context": 1,
+        "model.rope.scaling": None,
+        "model.remat": _remat(length),
+    }
+
+
+def _remat(length: str) -> str:
+    # Attention takes longer to recompute the longer the row is; at 8k there is room to keep its inputs as well.
+    return "qkv" if length == "8k" else "attention"

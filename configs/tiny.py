@@ -6,7 +6,8 @@
     intttrain eval    --config=configs/tiny.py --workdir=runs/tiny/ttt --dense_workdir=runs/tiny/dense
 
 Variants: `ttt` (default: layer 0 is a fast weight) and `dense`, its twin without TTT: same data, same order, same
-initial weights. Attention sees 128 bytes, so anything further back has to pass through the fast weight.
+initial weights. `staged` and `staged_dense` read rows of 512, then 1024, then 2048 bytes. Attention sees 128 bytes, so
+anything further back has to pass through the fast weight.
 Hardware: one CPU core per run. Time and result: `docs/benchmarks.md`.
 """
 
@@ -15,6 +16,8 @@ import sysconfig
 import ml_collections
 
 from intttrain.core.config import default_config
+
+VARIANTS = ("ttt", "dense", "staged", "staged_dense")
 
 
 def get_config(variant: str = "ttt") -> ml_collections.ConfigDict:
@@ -30,10 +33,10 @@ def get_config(variant: str = "ttt") -> ml_collections.ConfigDict:
     model.compute_dtype = "float32"  # bfloat16 is emulated on CPUs
     model.remat = "none"
     model.ttt.layers, model.ttt.chunk_tokens, model.ttt.eta = (0,), 128, 0.3
-    if variant == "dense":
+    if variant not in VARIANTS:
+        raise ValueError(f"configs/tiny.py has the variants {', '.join(VARIANTS)}, not {variant!r}")
+    if variant.endswith("dense"):
         model.ttt = None
-    elif variant != "ttt":
-        raise ValueError(f"configs/tiny.py has the variants ttt and dense, not {variant!r}")
 
     config.prepare.source.paths = (sysconfig.get_paths()["stdlib"],)
     config.prepare.source.patterns = ("*.py",)
@@ -46,6 +49,12 @@ def get_config(variant: str = "ttt") -> ml_collections.ConfigDict:
     train.num_steps, train.batch_rows = 600, 1
     train.schedule.peak_learning_rate, train.schedule.warmup_steps = 3e-3, 50
     train.checkpoint.every_steps, train.log_every_steps = 200, 25
+    if variant.startswith("staged"):
+        train.stages = (
+            {"until_step": 300, "overrides": {"data.seq_len": 512, "train.batch_rows": 4}},
+            {"until_step": 450, "overrides": {"data.seq_len": 1024, "train.batch_rows": 2}},
+            {"until_step": 600, "overrides": {}},
+        )
 
     config.eval.seq_len = config.eval.min_document_tokens = 2048
     config.eval.documents = 64

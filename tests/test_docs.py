@@ -21,7 +21,7 @@ from absl import flags
 from intttrain.app.cli import COMMANDS
 from intttrain.core import config as config_module
 from intttrain.core.config import Config, default_config, resolve
-from intttrain.train.checkpoint import FREE_TO_CHANGE
+from intttrain.train.compatibility import FREE_TO_CHANGE
 
 REPO = Path(__file__).resolve().parents[1]
 DOCS = REPO / "docs"
@@ -35,7 +35,7 @@ every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.re
 
 REQUIRED = "required"
 # Sections that the default configuration does not hold; each has a table of its own under its class name.
-ALTERNATIVES = ("Llama3Scaling", "YarnScaling", "SeqioSource", "TfdsSource", "MixtureItem")
+ALTERNATIVES = ("Llama3Scaling", "YarnScaling", "SeqioSource", "TfdsSource", "MixtureItem", "StageConfig")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -236,6 +236,7 @@ COMMANDS: dict[str, tuple[str, Define, Command]] = {
             _config_flag,
             _string("topology", "one TPU slice, for example v5p:4x4x4 or v6e-256", required=True),
             _switch("compare", "also plan the configuration with model.ttt=None, and say what TTT costs"),
+            _integer("stage", None, "which stage of train.stages to plan, from 1"),
             _string("sweep", "plan all combinations: 'model.remat=full,qkv train.microbatches=1,2'"),
             _string("hlo", "folder for the compiled text"),
         ),

@@ -13,13 +13,15 @@ from absl import flags
 
 from intttrain.app.loop import NonFiniteError, train
 from intttrain.app.runs import Trained, load_trained, parameter_counts
-from intttrain.core.config import Config, as_dict, check_consistent, flatten, resolve
+from intttrain.core.config import Config, as_dict, check_consistent, resolve
 from intttrain.core.distributed import process_index, start_distributed
+from intttrain.core.dotted import flatten
 from intttrain.core.errors import UserError
 from intttrain.core.files import write_json
 from intttrain.core.mesh import make_mesh
 from intttrain.core.progress import human_count
 from intttrain.core.sharding import check_evaluation
+from intttrain.core.stages import make_stages, stage_before
 from intttrain.data import TokenStore, document_rows, prepare
 from intttrain.evals import evaluate_run
 from intttrain.interop import export_model
@@ -52,16 +54,19 @@ def show_config(values: flags.FlagValues) -> int:
 
 def derived_values(config: Config) -> dict[str, Any]:
     """Returns the numbers that people would otherwise work out by hand."""
-    train, model = config.train, config.model
-    tokens_per_step = train.batch_rows * config.data.seq_len
     derived: dict[str, Any] = parameter_counts(config)
-    derived |= {"tokens_per_step": tokens_per_step, "tokens_in_all": tokens_per_step * train.num_steps}
-    if model.ttt is not None:
-        state_bytes = 4 * model.d_model * model.d_ff
-        derived |= {
-            "chunks_per_row": config.data.seq_len // model.ttt.chunk_tokens,
-            "fast_weight_state_bytes_per_layer_and_row": state_bytes,
-        }
+    tokens_in_all = 0
+    for stage in make_stages(config):
+        prefix = f"stage_{stage.number}." if stage.count > 1 else ""
+        if prefix:
+            derived[f"{prefix}steps"] = f"{stage.first_step + 1} to {stage.until_step}"
+        derived[f"{prefix}tokens_per_step"] = stage.tokens_per_step
+        tokens_in_all += stage.tokens_per_step * (stage.until_step - stage.first_step)
+        if stage.config.model.ttt is not None:
+            derived[f"{prefix}chunks_per_row"] = stage.config.data.seq_len // stage.config.model.ttt.chunk_tokens
+    derived["tokens_in_all"] = tokens_in_all
+    if config.model.ttt is not None:
+        derived["fast_weight_state_bytes_per_layer_and_row"] = 4 * config.model.d_model * config.model.d_ff
     return derived
 
 
@@ -112,7 +117,7 @@ def plan_step(values: flags.FlagValues) -> int:
     """Prints what the training step needs and costs on a topology; the status is 1 if it does not fit."""
     from intttrain import planner  # reads and compiles only here
 
-    config = resolve(values.config)
+    config = _planned_stage(resolve(values.config), values.stage)
     hlo = None if values.hlo is None else Path(values.hlo)
     if values.compare and (values.sweep or config.model.ttt is None):
         raise UserError("--compare needs a configuration with TTT, and does not go with --sweep")
@@ -137,16 +142,29 @@ def plan_step(values: flags.FlagValues) -> int:
     return _finish(values, content) or int(not plan.verdict.fits)
 
 
+def _planned_stage(config: Config, number: int | None) -> Config:
+    """Returns the configuration of the stage to plan: each compiles a program of its own, so one has to be named."""
+    stages = make_stages(config)
+    if len(stages) == 1 and number in (None, 1):
+        return stages[0].config
+    if number is None or not 1 <= number <= len(stages):
+        given = "--stage is not set" if number is None else f"--stage={number} does not exist"
+        names = "; ".join(map(str, stages))
+        raise UserError(f"{given}: {config.name} has {len(stages)} ({names}); use --stage=1 to --stage={len(stages)}")
+    return dataclasses.replace(stages[number - 1].config, name=f"{config.name}-stage-{number}")
+
+
 def evaluate_model(values: flags.FlagValues) -> int:
     """Evaluates a checkpoint by position and writes WORKDIR/eval/STEP/positions.{json,png}."""
     config, workdir = resolve(values.config), Path(values.workdir)
     start_distributed()
     mesh = make_mesh(config.mesh)
     trained = load_trained(workdir, values.step, mesh=mesh)
-    if trained.config.model != config.model:
+    if trained.config.model != stage_before(make_stages(config), trained.step).config.model:
         report("note: the model is the one in --workdir; model.* of --config is not used")
     own = trained.config
-    config = dataclasses.replace(config, name=own.name, model=own.model, prepare=own.prepare)
+    whole = dataclasses.replace(config.train, stages=())
+    config = dataclasses.replace(config, name=own.name, model=own.model, prepare=own.prepare, train=whole)
     check_consistent(config)
     check_evaluation(config, mesh)
     dense = None

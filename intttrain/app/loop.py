@@ -7,7 +7,7 @@ import dataclasses
 import math
 import signal
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import cast
 
@@ -21,7 +21,8 @@ from intttrain.core.distributed import process_count, process_index
 from intttrain.core.errors import UserError
 from intttrain.core.metrics import MetricWriters, make_metric_writers
 from intttrain.core.progress import StepTimer, human_count
-from intttrain.data import describe_rows, make_batches, make_row_dataset
+from intttrain.core.stages import Stage, make_stages, stage_after
+from intttrain.data import Batch, describe_rows, make_batches, make_row_dataset
 from intttrain.train import (
     Checkpoints,
     Program,
@@ -69,67 +70,90 @@ def train(config: Config, workdir: Path, *, stop_at_step: int | None, report: Ca
       UserError: input that does not fit together, an occupied workdir, a checkpoint that cannot be written.
       NonFiniteError: names the step and its rows; the state before it is saved.
     """
-    program = make_program(config)
+    stages = make_stages(config)
+    programs = [_make_program(stage) for stage in stages]  # compiles nothing: what does not fit is refused here
     identity = make_identity(config)
-    dataset = make_row_dataset(config.data, config.model.vocab_size, program.local_ranges)
     on_first_process(lambda: claim_workdir(workdir, identity))
     with (
         _Interrupts(config) as interrupts,
         Checkpoints(workdir / "checkpoints", config.train.checkpoint) as checkpoints,
     ):
-        state, cursor = _start(config, program, checkpoints, identity, report)
-        start = int(state["step"])
+        stage = stage_after(stages, checkpoints.latest_step() or 0)
+        program = programs[stage.number - 1]
+        state, cursor = _start(config, stage, program, checkpoints, identity, report)
+        batches = _open_batches(stage, program, cursor)
+        start = step = int(state["step"])
         last = config.train.num_steps if stop_at_step is None else min(stop_at_step, config.train.num_steps)
-        batches = make_batches(
-            dataset, batch_rows=config.train.batch_rows, cursor=cursor, local_rows=program.local_rows,
-            prefetch_rows=config.data.prefetch_rows,
-        )  # fmt: skip
         with make_metric_writers(
             workdir, num_steps=config.train.num_steps, start_step=start, process_index=process_index()
         ) as writers:
-            log = _Log(config, writers, report)
-            step = start
+            log = _Log(stage, writers, report)
             while step < last and not interrupts.stop(step - start):
+                if step == stage.until_step:
+                    stage, program = stages[stage.number], programs[stage.number]  # numbers begin at 1
+                    state, batches = program.take(state), _open_batches(stage, program, cursor)
+                    log.begin(stage)
                 state, metrics = program.step(state, program.place(next(batches)))
-                step, cursor = step + 1, cursor + config.train.batch_rows
-                if (bad := log.read_one_late(step, cursor, metrics)) or (
-                    checkpoints.should_save(step) and (bad := log.read_rest())
-                ):
-                    _save_and_refuse(config, checkpoints, state, identity, bad)
+                bad = log.read_one_late(step + 1, cursor, metrics)
+                step, cursor = step + 1, stage.cursor_after(cursor)
+                ends = step == stage.until_step
+                if bad or ((ends or checkpoints.should_save(step)) and (bad := log.read_rest())):
+                    _save_and_refuse(stage, checkpoints, state, identity, bad)
                 with log.timer.excluded():
-                    checkpoints.save(step, dict(state), identity.info(step, cursor))
+                    checkpoints.save(step, dict(state), identity.info(step, cursor), force=ends)
             if bad := log.read_rest():
-                _save_and_refuse(config, checkpoints, state, identity, bad)
+                _save_and_refuse(stage, checkpoints, state, identity, bad)
             checkpoints.save(step, dict(state), identity.info(step, cursor), force=True)
             checkpoints.wait()
     return TrainResult(step, step >= config.train.num_steps, interrupts.received, log.last)
 
 
+def _make_program(stage: Stage) -> Program:
+    """Returns the programs of a stage; a refusal names it."""
+    try:
+        return make_program(stage.config)
+    except UserError as error:
+        where = f"train.stages[{stage.number - 1}]: " if stage.count > 1 else ""
+        raise UserError(f"{where}{error}") from None
+
+
+def _open_batches(stage: Stage, program: Program, cursor: int) -> Iterator[Batch]:
+    """Returns this process's part of the batches of a stage from ``cursor`` on."""
+    data = stage.config.data
+    dataset = make_row_dataset(data, stage.config.model.vocab_size, program.local_ranges, stage.block_tokens)
+    return make_batches(
+        dataset, batch_rows=stage.config.train.batch_rows, cursor=stage.first_row(cursor),
+        local_rows=program.local_rows, prefetch_rows=data.prefetch_rows,
+    )  # fmt: skip
+
+
 def _start(
-    config: Config, program: Program, checkpoints: Checkpoints, identity: Identity, report: Callable[[str], None]
-) -> tuple[TrainState, int]:
+    config: Config, stage: Stage, program: Program, checkpoints: Checkpoints, identity: Identity,
+    report: Callable[[str], None],
+) -> tuple[TrainState, int]:  # fmt: skip
     """Returns the state and the data cursor to go on from: the newest checkpoint, else a fresh model."""
     counts = parameter_counts(config)
     size = f"{human_count(counts['parameters'])} parameters ({human_count(counts['ttt_parameters'])} for TTT)"
+    where = f"{stage}; " if stage.count > 1 else ""
     if checkpoints.latest_step() is None:
-        report(f"{config.name}: new run, {size}, {config.train.num_steps} steps; compiling")
+        report(f"{config.name}: new run, {size}, {config.train.num_steps} steps; {where}compiling")
         return program.init(), 0
     state, info = checkpoints.restore_latest(program.state)
     check_compatible(info, identity.flat_config, identity.fingerprint)  # config.json may be another run's by now
-    todo = "nothing is left to do" if info.step >= config.train.num_steps else f"{size}; compiling"
+    todo = "nothing is left to do" if info.step >= config.train.num_steps else f"{size}; {where}compiling"
     report(f"{config.name}: resumed at step {info.step} of {config.train.num_steps}, {todo}")
     return cast(TrainState, state), info.data_cursor
 
 
 def _save_and_refuse(
-    config: Config, checkpoints: Checkpoints, state: TrainState, identity: Identity, bad: _BadStep
+    stage: Stage, checkpoints: Checkpoints, state: TrainState, identity: Identity, bad: _BadStep
 ) -> None:
     """Saves the state before the bad step, in which it is unchanged, and raises."""
-    good, cursor = bad.step - 1, bad.cursor - config.train.batch_rows
+    good = bad.step - 1
     healthy = {**state, "healthy": jnp.logical_or(state["healthy"], True)}
-    checkpoints.save(good, healthy, identity.info(good, cursor), force=True)
+    checkpoints.save(good, healthy, identity.info(good, bad.cursor), force=True)
     checkpoints.wait()
-    places = "; ".join(describe_rows(config.data, bad.rows[:3]))
+    places = "; ".join(describe_rows(stage.config.data, bad.rows[:3], stage.block_tokens))
     raise NonFiniteError(
         f"step {bad.step}: loss={bad.loss} grad_norm={bad.grad_norm} is not finite; the update was not applied and "
         f"step {good} is saved. Rows {bad.rows[0]} to {bad.rows[-1]} ({places}); look at them, "
@@ -139,7 +163,7 @@ def _save_and_refuse(
 
 @dataclasses.dataclass(frozen=True)
 class _BadStep:
-    """A step whose update was refused, and the global rows to look at."""
+    """A step whose update was refused, the data cursor before it, and the global rows to look at."""
 
     step: int
     cursor: int
@@ -151,15 +175,23 @@ class _BadStep:
 class _Log:
     """Reads metrics one step late, so that the device never waits for the host, and writes them."""
 
-    def __init__(self, config: Config, writers: MetricWriters, report: Callable[[str], None]):
-        self._config, self._writers, self._report = config, writers, report
+    def __init__(self, stage: Stage, writers: MetricWriters, report: Callable[[str], None]):
+        self._stage, self._writers, self._report = stage, writers, report
         self.timer = StepTimer()
         self._pending: tuple[int, int, StepMetrics] | None = None
         self._warned = False
         self.last: dict[str, float] = {}
 
+    def begin(self, stage: Stage) -> None:
+        """Goes on with another stage, whose steps take another time."""
+        self._stage, self.timer = stage, StepTimer()
+        self._report(f"{stage}; compiling")
+
     def read_one_late(self, step: int, cursor: int, metrics: StepMetrics) -> _BadStep | None:
-        """Takes the metrics of ``step`` and reads those before; returns a non-finite step if it met one."""
+        """Takes the metrics of ``step``, which began at ``cursor``, and reads those before.
+
+        Returns a non-finite step if it met one.
+        """
         bad = self.read_rest()
         self._pending = (step, cursor, metrics)
         return bad
@@ -169,19 +201,19 @@ class _Log:
         if self._pending is None:
             return None
         (step, cursor, metrics), self._pending = self._pending, None
-        numbers = scalars(self._config, metrics)
+        numbers = scalars(self._stage.config, metrics)
         self.timer.tick(step)
         if not bool(metrics.healthy):
-            return _bad_step(self._config, step, cursor, metrics)
+            return _bad_step(self._stage, step, cursor, metrics)
         self.last = numbers
         self._warn(step, numbers)
-        every = self._config.train.log_every_steps
-        if step % every == 0 or step == self._config.train.num_steps or step == 1:
+        train = self._stage.config.train
+        if step % train.log_every_steps == 0 or step == train.num_steps or step == 1:
             self._writers.write(step, numbers | self._rates())
         return None
 
     def _rates(self) -> dict[str, float]:
-        train, tokens = self._config.train, self._config.train.batch_rows * self._config.data.seq_len
+        train, tokens = self._stage.config.train, self._stage.tokens_per_step
         rate, left = self.timer.rate(tokens), self.timer.eta_seconds(train.num_steps)
         known = {"tokens_per_second": rate, "eta_seconds": left}
         return {name: value for name, value in known.items() if value is not None}
@@ -197,8 +229,8 @@ class _Log:
             )
 
 
-def _bad_step(config: Config, step: int, cursor: int, metrics: StepMetrics) -> _BadStep:
-    first = cursor - config.train.batch_rows
+def _bad_step(stage: Stage, step: int, cursor: int, metrics: StepMetrics) -> _BadStep:
+    first = stage.first_row(cursor)
     row_loss_B = np.asarray(metrics.row_loss_B)
     suspects = np.flatnonzero(~np.isfinite(row_loss_B))
     rows = [first + int(row) for row in (suspects if len(suspects) else range(len(row_loss_B)))]

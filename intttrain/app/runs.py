@@ -19,10 +19,12 @@ from typing import Any
 
 import jax
 
-from intttrain.core.config import Config, as_dict, flatten, resolve, unflatten
+from intttrain.core.config import Config, as_dict, resolve
+from intttrain.core.dotted import flatten, unflatten
 from intttrain.core.errors import UserError
 from intttrain.core.files import write_json
 from intttrain.core.sharding import named_shardings, with_sharding
+from intttrain.core.stages import make_stages, stage_before
 from intttrain.data import Tokenizer, make_tokenizer, mixture_fingerprint, open_stores
 from intttrain.model import Params, abstract_params, logical_axes
 from intttrain.train import CheckpointInfo, Checkpoints, check_compatible
@@ -50,11 +52,12 @@ def make_identity(config: Config) -> Identity:
       UserError: a store is missing or damaged, was made by another tokenizer, or has ids outside the vocabulary.
     """
     tokenizer = make_tokenizer(config.prepare.tokenizer)
+    blocks = dataclasses.replace(config.data, seq_len=make_stages(config)[0].block_tokens)
     for store in open_stores(config.data, config.model.vocab_size):
         store.check_tokenizer(tokenizer.fingerprint)
     return Identity(
         flat_config=flatten(as_dict(config)),
-        fingerprint=mixture_fingerprint(config.data),
+        fingerprint=mixture_fingerprint(blocks),
         tokenizer=as_dict(config)["prepare"]["tokenizer"] | {"fingerprint": tokenizer.fingerprint},
     )
 
@@ -88,7 +91,7 @@ def _read_identity(path: Path) -> Identity:
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A model read back from a workdir."""
+    """A model read back from a workdir; ``config`` is that of the stage that made ``step``."""
 
     config: Config
     params: Params
@@ -117,6 +120,7 @@ def load_trained(
         step = checkpoints.latest_step() if step is None else step
         if step is None:
             raise UserError(f"{workdir / 'checkpoints'} holds no checkpoint yet; train first")
+        config = stage_before(make_stages(config), step).config
         params = checkpoints.restore_params(step, _placed_params(config, mesh))
     tokenizer = make_tokenizer(config.prepare.tokenizer)
     if tokenizer.fingerprint != identity.tokenizer["fingerprint"]:

@@ -11,6 +11,7 @@ An optional feature is an optional section (``model.ttt = None`` is a plain Qwen
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args, get_type_hints
@@ -21,6 +22,8 @@ from ml_collections import config_dict
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from intttrain.core.config_problems import explain_problem
+from intttrain.core.dotted import flatten, unflatten
 from intttrain.core.errors import UserError, did_you_mean, nearest_divisors
 
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
@@ -207,6 +210,23 @@ class CheckpointConfig:
     keep_every_steps: PositiveInt | None = None  # additionally keep multiples of this forever
 
 
+# What the stages of one run may set differently: neither the parameters nor the order of the text depend on these.
+STAGE_KEYS = (
+    "data.seq_len", "train.batch_rows", "train.microbatches",
+    "mesh.data", "mesh.fsdp", "mesh.context", "mesh.tensor",
+    "model.rope.theta", "model.rope.scaling", "model.sliding_window", "model.ttt.chunk_tokens", "model.ttt.eta",
+    "model.attention", "model.remat", "model.loss_chunk_tokens", "model.ttt.implementation",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, config=_STRICT)
+class StageConfig:
+    """A part of a run with values of its own, for example rows of another length."""
+
+    until_step: PositiveInt  # the last step of the stage
+    overrides: dict[str, Any] = dataclasses.field(hash=False)  # dotted key (one of STAGE_KEYS) -> value
+
+
 @dataclass(frozen=True, config=_STRICT)
 class TrainConfig:
     """One training run."""
@@ -219,6 +239,7 @@ class TrainConfig:
     microbatches: PositiveInt = 1  # gradient accumulation: the batch is cut into this many pieces
     log_every_steps: PositiveInt = 10
     seed: NonNegativeInt = 0
+    stages: tuple[StageConfig, ...] = ()  # in order, the last until num_steps; () = the run is one
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -306,29 +327,6 @@ def as_dict(config: Config) -> dict[str, Any]:
     return pydantic.TypeAdapter(Config).dump_python(config, mode="json")
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns ``{"model.ttt.eta": 0.3, ...}``; the form that is printed, stored and compared."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the nested form of ``flatten``'s result."""
-    tree: dict[str, Any] = {}
-    for dotted, value in flat.items():
-        *parents, last = dotted.split(".")
-        section = tree
-        for parent in parents:
-            section = section.setdefault(parent, {})
-        section[last] = value
-    return tree
-
-
 def resolve(tree: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
     """Returns the frozen, complete and consistent configuration.
 
@@ -340,53 +338,39 @@ def resolve(tree: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
     try:
         config = pydantic.TypeAdapter(Config).validate_python(plain)
     except pydantic.ValidationError as error:
-        problems = [_explain(problem) for problem in error.errors()]
+        problems = [explain_problem(problem, Config) for problem in error.errors()]
         raise UserError(" | ".join(problems)) from None
     check_consistent(config)
     return config
 
 
-def _explain(problem: Any) -> str:
-    """Turns one pydantic problem into one sentence with the dotted path of the field."""
-    section, path = _follow(problem["loc"])
-    dotted = ".".join(path)
-    match problem["type"]:
-        case "unexpected_keyword_argument" | "extra_forbidden":
-            return f"unknown key {dotted}{did_you_mean(path[-1], [f.name for f in dataclasses.fields(section)])}"
-        case "missing" | "missing_argument":
-            return f"{dotted} is not set"
-        case _:
-            return f"{dotted}={problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+def override(config: Config, changes: Mapping[str, Any]) -> Config:
+    """Returns the configuration with dotted keys changed. Raises ``UserError`` if it is no longer consistent."""
+    flat = flatten(as_dict(config))
+    for key in changes:
+        if absent := [section for section in flat if key.startswith(f"{section}.")]:
+            raise UserError(f"{key} cannot be set: {absent[0]} is {flat[absent[0]]}")
+        flat = {name: value for name, value in flat.items() if not name.startswith(f"{key}.")}
+    return resolve(unflatten(flat | dict(changes)))
 
 
-def _follow(loc: tuple[str | int, ...]) -> tuple[Any, list[str]]:
-    """Returns the section that holds the last part of ``loc``, and the path without pydantic's union tags."""
-    section: Any = Config
-    choices: dict[str, Any] = {}  # the sections to choose from when the next part is a tag
-    path: list[str] = []
-    for part in loc[:-1]:
-        if part in choices:
-            section, choices = choices[str(part)], {}
-            continue
-        path.append(str(part))
-        if isinstance(part, str):
-            hint = get_type_hints(section)[part]
-            found = _sections_in(hint)
-            section = found[0] if len(found) == 1 else section
-            choices = {_tag(cls): cls for cls in found} if len(found) > 1 else {}
-    last = loc[-1]
-    return section, path if last in choices else [*path, str(last)]
+def stage_configs(config: Config) -> tuple[Config, ...]:
+    """Returns the configuration of every stage, in order; that of the run itself where there are no stages.
 
-
-def _sections_in(hint: Any) -> list[Any]:
-    """Returns the configuration classes that an annotation mentions."""
-    if dataclasses.is_dataclass(hint):
-        return [hint]
-    return [cls for part in get_args(hint) for cls in _sections_in(part)]
-
-
-def _tag(cls: Any) -> str:
-    return str(get_args(get_type_hints(cls)["kind"])[0])
+    Raises:
+      UserError: a key that a stage cannot set, or a value that does not fit the others; names the stage.
+    """
+    configs = []
+    for index, stage in enumerate(config.train.stages):
+        where = f"train.stages[{index}]"
+        for key in stage.overrides:
+            if key not in STAGE_KEYS:
+                raise UserError(f"{where}: a stage cannot set {key}{did_you_mean(key, STAGE_KEYS)}")
+        try:
+            configs.append(override(config, stage.overrides | {"train.stages": ()}))
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+    return tuple(configs) or (config,)
 
 
 def check_consistent(config: Config) -> None:
@@ -395,6 +379,8 @@ def check_consistent(config: Config) -> None:
     if config.model.ttt is not None:
         _check_ttt(config, config.model.ttt)
     _check_train(config)
+    if config.train.stages:
+        _check_stages(config)
     edges = config.eval.position_edges
     if list(edges) != sorted(set(edges)) or not edges or edges[-1] != config.eval.seq_len:
         raise UserError(
@@ -472,3 +458,20 @@ def _check_train(config: Config) -> None:
             f"train.schedule.warmup_steps={schedule.warmup_steps} + decay_steps={schedule.decay_steps} exceed "
             f"train.num_steps={train.num_steps}; {way_out}"
         )
+
+
+def _check_stages(config: Config) -> None:
+    """Checks that stages follow each other to the end, and that rows of one length can be cut into shorter ones."""
+    ends, num_steps = [stage.until_step for stage in config.train.stages], config.train.num_steps
+    if ends != sorted(set(ends)) or ends[-1] != num_steps:
+        raise UserError(
+            f"train.stages have until_step={ends}, which must increase and end at train.num_steps={num_steps}; "
+            f"use for example {[num_steps * stage // len(ends) for stage in range(1, len(ends) + 1)]}"
+        )
+    lengths = sorted({stage.data.seq_len for stage in stage_configs(config)})
+    for short, long in itertools.pairwise(lengths):
+        if long % short:
+            raise UserError(
+                f"train.stages have data.seq_len={short} and {long}: a longer row must hold whole rows of every "
+                f"shorter length; use {long // short * short} or {-(-long // short) * short} instead of {long}"
+            )

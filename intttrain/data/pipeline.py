@@ -4,6 +4,9 @@ Row n is a pure function of (content of the stores, weights, seq_len, align_docu
 whole pipeline is therefore one integer, the cursor: the number of rows consumed so far by all processes together.
 Resuming sets it; changing the number of processes or the batch size only changes who reads which rows.
 
+Where stages of a run have rows of several lengths, what is shuffled and mixed are blocks as long as the longest; row n
+is then a part of a block, and whatever their rows, all stages read the same text in the same order.
+
 Grain shuffles (a new order in every epoch of a store), mixes, and reads ahead in threads.
 """
 
@@ -22,7 +25,7 @@ from intttrain.core.config import DataConfig
 from intttrain.core.errors import UserError
 from intttrain.core.row_order import Ranges
 from intttrain.data.batch import Batch
-from intttrain.data.packing import PACKING_VERSION, PackedRows, stack_rows
+from intttrain.data.packing import PACKING_VERSION, PackedRows, blank_row, stack_rows
 from intttrain.data.permutation import derive_seed
 from intttrain.data.store import TokenStore
 
@@ -32,7 +35,11 @@ _NAMES_SHOWN = 3
 
 @dataclasses.dataclass(frozen=True)
 class RowAddress:
-    """Where a global row comes from: ``row`` of the packed store ``item`` (index into ``data.train``)."""
+    """Where a global row comes from: ``row`` of the packed store ``item`` (index into ``data.train``).
+
+    The last block of a store may have rows after its last token, which are padding: ``row`` is then not below its
+    number of rows.
+    """
 
     item: int
     row: int
@@ -61,7 +68,7 @@ def open_stores(config: DataConfig, model_vocab_size: int | None = None) -> tupl
 
 
 def make_row_dataset(
-    config: DataConfig, model_vocab_size: int, ranges: Ranges | None = None
+    config: DataConfig, model_vocab_size: int, ranges: Ranges | None = None, block_tokens: int | None = None
 ) -> grain.MapDataset[Batch]:
     """Returns the endless dataset of training rows: element n is global row n, a ``Batch`` of arrays [T].
 
@@ -72,13 +79,21 @@ def make_row_dataset(
       config: of the data.
       model_vocab_size: see ``open_stores``.
       ranges: the tokens to read of every row, in this order; T is then their number. ``None`` for all.
+      block_tokens: length of the blocks that are shuffled and mixed, a multiple of ``seq_len``; ``None`` for rows.
 
     Raises:
       UserError: see ``open_stores``.
     """
     packed = _pack(config, open_stores(config, model_vocab_size))
     parts = ((0, config.seq_len),) if ranges is None else ranges
-    return _make_address_dataset(config, packed).map(lambda address: packed[address.item].read(address.row, parts))
+
+    def read(address: RowAddress) -> Batch:
+        plan = packed[address.item]
+        if address.row >= len(plan):
+            return blank_row(sum(stop - start for start, stop in parts), plan.store.end_of_document)
+        return plan.read(address.row, parts)
+
+    return _make_address_dataset(config, packed, block_tokens).map(read)
 
 
 def make_batches(
@@ -108,8 +123,8 @@ def make_batches(
 def mixture_fingerprint(config: DataConfig) -> str:
     """Returns 16 hexadecimal digits that change exactly when some global row may change.
 
-    Covers the content of the stores in their order, relative weights, seed, seq_len and align_documents; not the
-    paths, the held-out store or read-ahead. A checkpoint records it beside the cursor.
+    Covers the content of the stores in their order, relative weights, seed, seq_len (of a run in stages: the blocks)
+    and align_documents; not the paths, the held-out store or read-ahead. A checkpoint records it beside the cursor.
 
     Raises:
       UserError: a store cannot be opened.
@@ -125,17 +140,20 @@ def mixture_fingerprint(config: DataConfig) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def describe_rows(config: DataConfig, rows: Iterable[int]) -> list[str]:
+def describe_rows(config: DataConfig, rows: Iterable[int], block_tokens: int | None = None) -> list[str]:
     """Returns one line per global row: its store, place and first document names, for reports about a bad step.
 
     Plans the packing again, so it takes about as long as starting the pipeline.
     """
     packed = _pack(config, open_stores(config))
-    addresses = _make_address_dataset(config, packed)
+    addresses = _make_address_dataset(config, packed, block_tokens)
     lines = []
     for row in rows:
         address = addresses[row]
         plan = packed[address.item]
+        if address.row >= len(plan):
+            lines.append(f"row {row}: padding")
+            continue
         documents_k = plan.documents(address.row)
         names = [repr(plan.store.name(int(document))) for document in documents_k[:_NAMES_SHOWN]]
         more = f" and {len(documents_k) - len(names)} more" if len(documents_k) > len(names) else ""
@@ -152,17 +170,25 @@ def _pack(config: DataConfig, stores: Sequence[TokenStore]) -> list[PackedRows]:
     ]
 
 
-def _make_address_dataset(config: DataConfig, packed: Sequence[PackedRows]) -> grain.MapDataset[RowAddress]:
-    """Returns the endless dataset of row addresses: shuffled per epoch of each store, then interleaved."""
+def _make_address_dataset(
+    config: DataConfig, packed: Sequence[PackedRows], block_tokens: int | None
+) -> grain.MapDataset[RowAddress]:
+    """Returns the endless dataset of row addresses: blocks shuffled per epoch of each store, then interleaved."""
+    rows = 1 if block_tokens is None else block_tokens // config.seq_len  # of a block
     parts = []
     for item, plan in enumerate(packed):
         # Grain adds the epoch to the seed, so neighbouring seeds would repeat each other's orders one epoch apart.
         seed = derive_seed(config.seed, 2 * item + 1)
-        rows = grain.MapDataset.range(len(plan)).shuffle(seed=seed).repeat()
-        parts.append(rows.map(lambda row, item=item: RowAddress(item, int(row))))
-    if len(parts) == 1:
-        return parts[0]
-    return grain.MapDataset.mix(parts, weights=_shares(config))
+        blocks = grain.MapDataset.range(-(-len(plan) // rows)).shuffle(seed=seed).repeat()
+        parts.append(blocks.map(lambda block, item=item: RowAddress(item, int(block) * rows)))
+    first_rows = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights=_shares(config))
+
+    def address(row: int) -> RowAddress:
+        block, place = divmod(int(row), rows)
+        first = first_rows[block]
+        return dataclasses.replace(first, row=first.row + place)
+
+    return grain.MapDataset.range(sys.maxsize).map(address)
 
 
 def _shares(config: DataConfig) -> list[int]:

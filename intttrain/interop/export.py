@@ -18,7 +18,8 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from intttrain.core.config import ModelConfig, flatten
+from intttrain.core.config import ModelConfig
+from intttrain.core.dotted import flatten
 from intttrain.core.errors import UserError
 from intttrain.interop.hf_config import FAMILIES, MODELING_FILE, make_hf_config, needs_modeling_file
 from intttrain.interop.names import HFTensor, leaf_shapes, list_tensors

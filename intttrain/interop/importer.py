@@ -10,7 +10,8 @@ import ml_dtypes  # noqa: F401  (teaches numpy the bfloat16 that safetensors ret
 import numpy as np
 from safetensors import safe_open
 
-from intttrain.core.config import ModelConfig, unflatten
+from intttrain.core.config import ModelConfig
+from intttrain.core.dotted import unflatten
 from intttrain.core.errors import UserError
 from intttrain.interop.export import INDEX_FILE
 from intttrain.interop.hf_config import TTT_KEYS, read_hf_config

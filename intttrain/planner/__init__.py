@@ -15,11 +15,10 @@ replication   what every device holds although it could be in pieces
 
 from intttrain.planner.plan import Plan, make_plan
 from intttrain.planner.report import describe_plan, describe_plans, describe_ttt_share
-from intttrain.planner.sweep import change, make_plans, parse_sweep
+from intttrain.planner.sweep import make_plans, parse_sweep
 
 __all__ = [
     "Plan",
-    "change",
     "describe_plan",
     "describe_plans",
     "describe_ttt_share",

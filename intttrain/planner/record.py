@@ -24,7 +24,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from intttrain.core.config import Config, as_dict, flatten, resolve
+from intttrain.core.config import Config, as_dict, resolve
+from intttrain.core.dotted import flatten
 from intttrain.core.files import write_json, write_text
 from intttrain.core.hardware import GIB
 

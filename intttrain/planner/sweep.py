@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ast
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from intttrain.core.config import Config, as_dict, flatten, resolve, unflatten
+from intttrain.core.config import Config, as_dict, override
+from intttrain.core.dotted import flatten
 from intttrain.core.errors import UserError, did_you_mean
 from intttrain.planner.plan import Plan, make_plan
 
@@ -44,11 +45,6 @@ def _value(text: str) -> Any:
         return text
 
 
-def change(config: Config, changes: Mapping[str, Any]) -> Config:
-    """Returns the configuration with dotted keys changed. Raises ``UserError`` if it is no longer consistent."""
-    return resolve(unflatten(flatten(as_dict(config)) | dict(changes)))
-
-
 def make_plans(
     config: Config, topology: str, points: list[dict[str, Any]], *, hlo: Path | None, report: Callable[[str], None]
 ) -> list[tuple[str, Plan]]:
@@ -70,7 +66,7 @@ def make_plans(
         report(f"{number}/{len(points)} {label}: compiling")
         try:
             folder = None if hlo is None else hlo / label.replace(" ", ",").replace("/", "-")
-            plans.append((label, make_plan(change(config, changes), topology, hlo=folder)))
+            plans.append((label, make_plan(override(config, changes), topology, hlo=folder)))
         except UserError as error:
             report(f"{number}/{len(points)} {label}: left out: {error}")
     if not plans:

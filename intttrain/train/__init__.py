@@ -1,6 +1,7 @@
 """Training: optimizer, state and step, checkpoints. The only home of optax and orbax."""
 
-from intttrain.train.checkpoint import CheckpointInfo, Checkpoints, check_compatible
+from intttrain.train.checkpoint import CheckpointInfo, Checkpoints
+from intttrain.train.compatibility import check_compatible
 from intttrain.train.optimizer import make_optimizer, make_schedule
 from intttrain.train.program import Program, make_program
 from intttrain.train.step import (

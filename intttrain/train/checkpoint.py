@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fnmatch
 import gc
 import hashlib
 import importlib.metadata
@@ -41,28 +40,6 @@ from intttrain.train.checksum import array_checksums
 PyTree = Any
 FORMAT = 1  # raised when an older program could misread what this one writes
 
-# Configuration keys that a resumed run may change, with the reason. Every other key is part of the run's identity, so
-# a key added later binds until somebody lists it here. train.batch_rows is not listed although the data cursor counts
-# rows: nothing would be lost or repeated, but the run would no longer be the one its schedule describes.
-FREE_TO_CHANGE: Mapping[str, str] = types.MappingProxyType(
-    {
-        "name": "a label",
-        "prepare.*": "used before training",
-        "eval.*": "used beside training",
-        "train.checkpoint.*": "when to save, not what",
-        "train.log_every_steps": "what is shown",
-        "train.microbatches": "same gradient, other rounding",
-        "data.heldout": "not trained on",
-        "data.prefetch_rows": "speed",
-        "mesh.*": "where, not what",
-        "model.attention": "same function, other rounding",
-        "model.weight_gradient_dtype": "same function, other rounding",
-        "model.remat": "speed and memory",
-        "model.loss_chunk_tokens": "memory",
-        "model.ttt.implementation": "same function, other rounding",
-    }
-)
-
 _VERSIONED_PACKAGES = ("intttrain", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -81,7 +58,7 @@ class CheckpointInfo:
 
     Attributes:
       step: completed optimizer steps.
-      data_cursor: the next row of the data stream.
+      data_cursor: the next row of the data stream, in rows of the shortest stage.
       config: the flat configuration (``core.config.flatten``) of the run.
       fingerprint: of the prepared token store.
       tokenizer: enough to tell, and to open again, the tokenizer of that store.
@@ -332,42 +309,6 @@ class Checkpoints:
         else:
             advice = f"no complete step comes before it: bring back a copy, or delete {folder} to start again"
         return UserError(f"checkpoint step {step} in {self._directory} is damaged or incomplete ({reason}); {advice}")
-
-
-def check_compatible(info: CheckpointInfo, flat_config: Mapping[str, Any], fingerprint: str) -> None:
-    """Checks that a run with this configuration and data continues the one that saved ``info``.
-
-    Keys that match ``FREE_TO_CHANGE`` may differ, and so may the paths of the token stores as long as their
-    fingerprint is the same.
-
-    Raises:
-      UserError: lists every difference with both values.
-    """
-    old, new = _identity(info.config), _identity(flat_config)
-    differences = [
-        f"{key}={_shown(old, key)} in the run but {_shown(new, key)} now"
-        for key in sorted(old.keys() | new.keys())
-        if _shown(old, key) != _shown(new, key)
-    ]
-    if info.fingerprint != fingerprint:
-        differences.append(f"the token store has fingerprint {info.fingerprint} in the run but {fingerprint} now")
-    if differences:
-        raise UserError(
-            f"this configuration does not continue the run in --workdir: {'; '.join(differences)}. "
-            "Restore these values or use another --workdir"
-        )
-
-
-def _identity(flat_config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the entries that make a run what it is, as JSON would give them back."""
-    plain: dict[str, Any] = json.loads(json.dumps(dict(flat_config)))
-    if isinstance(mixture := plain.get("data.train"), list):
-        plain["data.train"] = [{k: v for k, v in item.items() if k != "path"} for item in mixture]
-    return {k: v for k, v in plain.items() if not any(fnmatch.fnmatchcase(k, free) for free in FREE_TO_CHANGE)}
-
-
-def _shown(flat_config: Mapping[str, Any], key: str) -> str:
-    return json.dumps(flat_config[key]) if key in flat_config else "not set"
 
 
 # --- the JSON document -------------------------------------------------------------------------------------------

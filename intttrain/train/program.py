@@ -83,6 +83,19 @@ class Program:
 
         return cast(Batch, jax.tree.map(globally, local_batch, self.batch))
 
+    def take(self, state: TrainState) -> TrainState:
+        """Returns the state of another program laid out for this one, the bits unchanged; the old one is deleted.
+
+        One array after the other, so a device need not hold two states.
+        """
+
+        def move(leaf: jax.Array, target: jax.ShapeDtypeStruct) -> jax.Array:
+            moved = jax.device_put(leaf, target.sharding, may_alias=False)
+            leaf.delete()  # donation would keep every buffer whose pieces change their shape
+            return moved
+
+        return cast(TrainState, jax.tree.map(move, state, self.state))
+
 
 def _find(held: Ranges, index: slice, size: int) -> slice:
     """Returns where a piece of a dim of ``size`` stands among the pieces that are held, which are equally long."""

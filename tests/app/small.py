@@ -17,7 +17,8 @@ import numpy as np
 
 from intttrain.app.cli import run
 from intttrain.app.runs import CONFIG_FILE
-from intttrain.core.config import Config, resolve, unflatten
+from intttrain.core.config import Config, resolve
+from intttrain.core.dotted import unflatten
 from intttrain.core.metrics import METRICS_FILE, read_metrics
 from intttrain.train import Checkpoints, abstract_state
 

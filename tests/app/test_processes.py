@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +23,14 @@ FLAGS = (
 )  # fmt: skip
 
 
-def launch(world: World, processes: int, devices: int, workdir: Path, *flags: str, program: str = "intttrain") -> str:
+def launch(
+    world: World, processes: int, devices: int, workdir: Path, *flags: str, program: str = "intttrain",
+    stages: Sequence[dict[str, Any]] = (),
+) -> str:  # fmt: skip
+    text = (world.root / "small.py").read_text()
+    end = "    return config"
+    config = world.root / f"staged-{len(stages)}.py"
+    config.write_text(text.replace(end, f"    config.train.stages = {tuple(stages)}\n{end}"))
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("INTTTRAIN_", "XLA_FLAGS"))}
     environment |= {
         "PYTHONPATH": str(REPO),
@@ -29,7 +38,7 @@ def launch(world: World, processes: int, devices: int, workdir: Path, *flags: st
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
     }
     command = [str(REPO / "launch" / "local.sh"), str(processes), str(devices), sys.executable, "-m", *program.split()]
-    command += ["train", world.config, f"--workdir={workdir}", *FLAGS, *flags]
+    command += ["train", f"--config={config}", f"--workdir={workdir}", *FLAGS, *flags]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
     return done.stdout
@@ -50,19 +59,25 @@ def test_four_processes_train_as_one_and_each_goes_on_from_the_other(world: Worl
     """Both layouts straight through; and each stopped half-way, to be finished by the other."""
     one, four, one_four, four_one = (tmp_path / name for name in ("one", "four", "one_four", "four_one"))
     launch(world, 1, 8, one)
-    output = launch(world, 4, 2, four, program=f"tests.app.counting {tmp_path / 'counts'}")
+    # One of them goes on from one mesh to another between two stages, which changes nothing but who holds what.
+    stages = [{"until_step": 3, "overrides": {}}, {"until_step": 4, "overrides": {"mesh.fsdp": 2, "mesh.context": 2}}]
+    output = launch(world, 4, 2, four, stages=stages, program=f"tests.app.counting {tmp_path / 'counts'}")
     assert output.count("finished at step 4") == 1, "only process 0 reports"
     launch(world, 1, 8, one_four, "--stop_at_step=2")
     assert "resumed at step 2" in launch(world, 4, 2, one_four)
     launch(world, 4, 2, four_one, "--stop_at_step=2")
     assert "resumed at step 2" in launch(world, 1, 8, four_one)
 
-    # Two devices hold half of the tokens of a row: each process reads these and the label after their end, no others.
+    # Two devices hold half of the tokens of a row, and all of them in the second stage. Each process reads these and
+    # the label after their end, no others.
     counts = [json.loads(path.read_text()) for path in sorted((tmp_path / "counts").iterdir())]
     assert len(counts) == 4
     for count in counts:
-        assert len(count) >= 4 * 8 // 2, "half of the rows of every step"
-        assert all(tokens == 32 and places <= 32 + 1 for tokens, places in count), count
+        lengths = [tokens for tokens, _ in count]
+        assert set(lengths) == {32, 64}
+        assert lengths.count(32) >= 3 * 8 // 2, "half of the rows of three steps"
+        assert lengths.count(64) >= 8 // 4, "a quarter of the rows of one"
+        assert all(places <= tokens + 1 for tokens, places in count), count
 
     # The programs are the same; gloo may add in another order than the threads of one process (fp32 rounding).
     wanted = losses(one)

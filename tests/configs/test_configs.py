@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 
 from intttrain.app.commands import derived_values
-from intttrain.core.config import Config, as_dict, flatten, resolve
+from intttrain.core.config import Config, as_dict, resolve
+from intttrain.core.dotted import flatten
+from intttrain.core.stages import make_stages
 from tests.app.small import REPO, cli, done, error_line
 from tests.configs.programs import CONFIGS, FILES, MISFITS, device_count, load
 
@@ -113,6 +115,19 @@ def test_windows_are_the_papers() -> None:
     assert {"500m_full", "1.5b_full"} < windows.keys()
 
 
+def test_a_staged_run_has_the_stages_of_the_single_variants() -> None:
+    """So the plans of those are its plans; only the schedule spans all of them."""
+    for twin in ("", "_dense"):
+        staged = config("qwen3", f"4b_staged{twin}")
+        stages = make_stages(staged)
+        assert [stage.until_step - stage.first_step for stage in stages] == [4768, 4768, 7153]
+        for stage, length in zip(stages, ("8k", "32k", "128k"), strict=True):
+            one = config("qwen3", f"4b_{length}{twin}")
+            assert (stage.config.model, stage.config.data, stage.config.mesh) == (one.model, one.data, one.mesh)
+            assert stage.config.train.batch_rows == one.train.batch_rows
+        assert derived("qwen3", f"4b_staged{twin}")["tokens_in_all"] == pytest.approx(35 * BILLION, rel=0.01)
+
+
 # --- variants ------------------------------------------------------------------------------------------------------
 
 
@@ -136,7 +151,7 @@ def test_the_command_line_takes_variants_and_refuses_others_in_one_line(name: st
     assert f"{name}-{variants[0]}" in done("config", f"--config={file}").out, "the first is the default"
     assert f"{name}-{variants[-1]}" in done("config", f"--config={file}:{variants[-1]}").out
     refusal = error_line(cli("config", f"--config={file}:nosuch"))
-    assert refusal.endswith(f"configs/{name}.py has the variants {', '.join(variants)}, not 'nosuch'")
+    assert f"configs/{name}.py has the variants {', '.join(variants)}, " in refusal and refusal.endswith("not 'nosuch'")
 
 
 # --- meshes --------------------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from intttrain.core.config import Config, as_dict, default_config, default_ttt, flatten, resolve
+from intttrain.core.config import Config, as_dict, default_config, default_ttt, resolve
+from intttrain.core.dotted import flatten
 from intttrain.core.errors import UserError, did_you_mean, nearest_divisors
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import itertools
 import shutil
 
@@ -98,6 +99,28 @@ def test_other_batch_size_and_process_count(config):
                 whole[step, list(rows)] = batch.tokens_BT
         parts += list(whole)
     np.testing.assert_array_equal(np.concatenate(parts), [dataset[n].tokens_BT for n in range(32)])
+
+
+@pytest.mark.parametrize("seq_len", [4, 8])
+def test_rows_of_a_block_are_cut_from_what_longer_rows_hold(config, seq_len):
+    """Any length reads the same text in the same order."""
+    blocks = make_row_dataset(config, 2000)
+    rows = make_row_dataset(dataclasses.replace(config, seq_len=seq_len), 2000, None, block_tokens=8)
+    short = np.concatenate([rows[n].tokens_BT for n in range(24 * 8 // seq_len)])
+    np.testing.assert_array_equal(short.reshape(24, 8), [blocks[n].tokens_BT for n in range(24)])
+    weights = sum(rows[n].loss_weights_BT.sum() for n in range(24 * 8 // seq_len))
+    assert weights == sum(blocks[n].loss_weights_BT.sum() for n in range(24)), "every label once"
+    if seq_len == 8:
+        assert all((rows[n].positions_BT == blocks[n].positions_BT).all() for n in range(24))
+
+
+def test_a_block_may_end_in_rows_of_padding(make_store):
+    store = make_store([5, 6])
+    one = mixture([(store, 1.0)], seq_len=4)
+    rows = [make_row_dataset(one, 2000, None, block_tokens=16)[n] for n in range(8)]
+    assert [int((row.segment_ids_BT > 0).sum()) for row in rows] == [4, 4, 3, 0] * 2
+    assert (rows[3].tokens_BT == store.end_of_document).all()
+    assert [line.partition(": ")[2] for line in describe_rows(one, [3, 7], block_tokens=16)] == ["padding"] * 2
 
 
 def test_every_epoch_has_every_row_once_in_a_new_order(make_store):

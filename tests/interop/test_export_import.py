@@ -11,7 +11,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from intttrain.core.config import flatten, unflatten
+from intttrain.core.dotted import flatten, unflatten
 from intttrain.core.errors import UserError
 from intttrain.interop import export as export_module
 from intttrain.interop.importer import load_hf_folder

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from intttrain.core.config import default_config, resolve
+from intttrain.core.config import default_config, override, resolve
 from intttrain.core.errors import UserError
 from intttrain.core.hardware import GIB
 from intttrain.planner import sweep as sweeping
@@ -32,7 +32,7 @@ def test_points_are_all_combinations():
     points = sweeping.parse_sweep("model.remat=full,qkv train.microbatches=1,2,4", config)
     assert len(points) == 6
     assert points[0] == {"model.remat": "full", "train.microbatches": 1}
-    changed = sweeping.change(config, points[-1])
+    changed = override(config, points[-1])
     assert (changed.model.remat, changed.train.microbatches) == ("qkv", 4)
     assert dataclasses.replace(changed, model=config.model, train=config.train) == config
 

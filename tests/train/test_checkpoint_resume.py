@@ -9,9 +9,11 @@ from typing import Any
 import jax
 import pytest
 
-from intttrain.core.config import as_dict, default_config, flatten, resolve
+from intttrain.core.config import as_dict, default_config, resolve
+from intttrain.core.dotted import flatten
 from intttrain.core.errors import UserError
-from intttrain.train.checkpoint import CheckpointInfo, check_compatible, package_versions
+from intttrain.train.checkpoint import CheckpointInfo, package_versions
+from intttrain.train.compatibility import check_compatible
 from tests.train.checkpoint_cases import (
     make_info,
 )
@@ -51,6 +53,21 @@ def test_keys_that_make_another_run(change):
     assert set(change) <= set(flat)
     with pytest.raises(UserError, match=next(iter(change)).replace(".", r"\.")):
         check_compatible(info_of(flat), flat | change, "abc")
+
+
+def test_stages_bind_but_for_keys_that_may_change():
+    def staged(until_step: int, **overrides: Any) -> dict[str, Any]:
+        named = {key.replace("__", "."): value for key, value in overrides.items()}
+        return flat_default() | {"train.stages": [{"until_step": until_step, "overrides": named}]}
+
+    run = info_of(staged(9, data__seq_len=8, mesh__context=2))
+    check_compatible(run, staged(9, data__seq_len=8, mesh__fsdp=2, model__remat="none"), "abc")
+    check_compatible(info_of(flat_default()), staged(9, mesh__context=2), "abc")
+    for other in (staged(8, data__seq_len=8), staged(9, data__seq_len=4), staged(9), flat_default()):
+        with pytest.raises(UserError, match=r"train\.stages"):
+            check_compatible(run, other, "abc")
+    without = {key: value for key, value in flat_default().items() if key != "train.stages"}
+    check_compatible(info_of(without), flat_default(), "abc")  # of a run that began before there were stages
 
 
 def test_all_differences_are_listed_with_both_values():
