@@ -6,7 +6,8 @@ Letters: C tokens per chunk, D model width, F feed-forward width, P the dim alon
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from itertools import product
 from typing import NamedTuple
 
 from intttrain.core import hardware
@@ -15,7 +16,6 @@ from intttrain.ttt.kernel import HANDED_ROWS, LANES, Machine, RecurrenceBlocks, 
 from intttrain.ttt.transforms import DeltaTransform
 
 TOKEN_MULTIPLE = 16  # rows of a bf16 register; chunks are padded to it
-_SUBLANES = 8
 
 # MiB of on-chip memory of one TensorCore that a kernel may use, by chip: what libtpu 0.0.52 names when it refuses a
 # larger one, less what it keeps for itself. A v4 has 16 MiB, too little.
@@ -57,28 +57,24 @@ def choose_kernels(chunk_tokens: int, width: int, d_ff: int, itemsize: int) -> K
     return fitting(chip.name, chip.tensor_cores // chip.devices, chunk_tokens, width, d_ff, itemsize)
 
 
+def pays(chunk_tokens: int, width: int, d_ff: int, itemsize: int) -> bool:
+    """Whether ``auto`` takes the kernels."""
+    return True
+
+
 def fitting(chip: str, cores: int, chunk_tokens: int, width: int, d_ff: int, itemsize: int) -> Kernels | str:
     """Returns for one kind of chip what ``choose_kernels`` does."""
     tokens, width, d_ff = padded(chunk_tokens, TOKEN_MULTIPLE), padded(width, LANES), padded(d_ff, LANES)
     vmem = int(VMEM_MIB[chip] * 2**20)
 
     def recurrence(rows: int, columns: int, *, forward: bool) -> RecurrenceBlocks | None:
-        fits = (
-            blocks
-            for tile in _tiles(rows, cores)
-            for block in _divisors(columns, LANES)
-            if sum(recurrence_ledger(blocks := RecurrenceBlocks(tile, block), tokens, columns, itemsize, forward=forward).values()) <= vmem
-        )
-        return max(fits, key=lambda b: b, default=None)
+        choices = (RecurrenceBlocks(*pair) for pair in product(_tiles(rows, cores), _divisors(columns, LANES)))
+        fits = [b for b in choices if _total(recurrence_ledger(b, tokens, columns, itemsize, forward=forward)) <= vmem]
+        return max(fits, key=lambda blocks: (blocks.tile * blocks.columns, blocks.tile), default=None)
 
     def suffix() -> SuffixBlocks | None:
-        fits = (
-            blocks
-            for tile in _tiles(d_ff, cores)
-            for block in _divisors(tokens, TOKEN_MULTIPLE)
-            if sum(suffix_ledger(blocks := SuffixBlocks(tile, block), width, itemsize).values()) <= vmem
-        )
-        return max(fits, default=None)
+        choices = (SuffixBlocks(*pair) for pair in product(_tiles(d_ff, cores), _divisors(tokens, TOKEN_MULTIPLE)))
+        return max((b for b in choices if _total(suffix_ledger(b, width, itemsize)) <= vmem), default=None)
 
     found = {
         "forward": recurrence(width, d_ff, forward=True),
@@ -99,11 +95,15 @@ def padded(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
+def _total(ledger: Mapping[str, int]) -> int:
+    return sum(ledger.values())
+
+
 def _divisors(size: int, multiple: int) -> list[int]:
     return [n for n in range(multiple, size + 1, multiple) if size % n == 0]
 
 
-def _tiles(size: int, cores: int) -> Iterable[int]:
+def _tiles(size: int, cores: int) -> list[int]:
     """Widths of tiles of which every core gets as many."""
     return [n for n in _divisors(size, LANES) if size // n % cores == 0]
 
@@ -120,7 +120,7 @@ def recurrence_ledger(
         "written, 2 blocks and 1 masked": 3 * tokens * tile * itemsize,
         "result, 2 blocks and its sum": tokens * tile * (2 * itemsize + 4),
         "masks, 2 blocks": 2 * tokens * LANES * 4,
-        "values of a step": tile * block * (4 + itemsize) + 4 * tokens * tile,
+        "values of a step": tile * block * (4 + itemsize),
     }
 
 
