@@ -30,11 +30,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from intttrain.core import hardware
 from intttrain.core.compiler import compiler_options
 
-_TOPOLOGY = {"v4": "v4:2x2x1", "v5p": "v5p:2x2x1", "v5e": "v5e:2x2", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+TOPOLOGY = {"v4": "v4:2x2x1", "v5p": "v5p:2x2x1", "v5e": "v5e:2x2", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 _DOTS = {"fwd": 2, "dkv": 4, "dq": 3}
 _BLOCKS = ("256", "512", "1024", "2048", "1024/2048/512")
 _HEADS, _DEPTH = 2, 128  # one key head for each core of a device
-_ESTIMATE = re.compile(r'hlo_op_name: "(\S+)"\s+estimated_cycles: (\d+)')
+ESTIMATE = re.compile(r'hlo_op_name: "(\S+)"\s+estimated_cycles: (\d+)')
 
 
 def read_blocks(text: str) -> tuple[int, int, int]:
@@ -69,7 +69,7 @@ def square(blocks: tuple[int, int, int]) -> int:
 def compile_kernel(chip: str, kind: str, blocks: tuple[int, int, int], tokens: int, *, skipped: bool) -> None:
     """Compiles one kernel for one device, with key heads added by ``jax.vmap`` so that all of its cores work."""
     hardware.prepare_topology_compilation()
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=_TOPOLOGY[chip]).devices
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY[chip]).devices
     everywhere = NamedSharding(Mesh(np.array(devices[:1]), ("one",)), PartitionSpec())
     attend = jax.vmap(_kernel(tokens, *blocks, skipped=skipped), in_axes=(0, 0, 0, None))
 
@@ -96,7 +96,7 @@ def core_cycles(chip: str, kind: str, blocks: tuple[int, int, int], tokens: int,
             + ["--blocks=" + "/".join(map(str, blocks)), f"--compile-only={tokens}"] + ["--skipped"] * skipped,
             capture_output=True, check=False,
         )  # fmt: skip
-        found = dict(_ESTIMATE.findall("".join(path.read_text() for path in Path(folder).glob("*.textproto"))))
+        found = dict(ESTIMATE.findall("".join(path.read_text() for path in Path(folder).glob("*.textproto"))))
     cycles = [int(n) for name, n in found.items() if f"_{kind}_" in name]
     figures = hardware.CHIPS[chip]
     return cycles[0] * (figures.tensor_cores // figures.devices) / _HEADS if cycles else None
@@ -121,7 +121,7 @@ def skipped_cycles(chip: str, kind: str, blocks: tuple[int, int, int]) -> float 
 def main(arguments: list[str] | None = None) -> None:
     """Prints a line per kernel and blocks."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--chip", choices=sorted(_TOPOLOGY), required=True)
+    parser.add_argument("--chip", choices=sorted(TOPOLOGY), required=True)
     parser.add_argument("--kernels", default="fwd,dkv,dq", help="separated by commas")
     parser.add_argument("--blocks", default=",".join(_BLOCKS), help="queries/keys/keys at once, separated by commas")
     parser.add_argument("--skipped", action="store_true", help="the cost of a grid step that skips its block")

@@ -101,7 +101,8 @@ def fast_weight_projection(
 
     z_BMCF = z_BTF.reshape(rows, chunks, chunk_tokens, d_ff)
     v_BMCD = v_BTD.reshape(rows, chunks, chunk_tokens, -1)
-    kernels = _kernels(implementation, transform, chunk_tokens, w_down_DF.shape, z_BTF.dtype.itemsize)
+    shape = (w_down_DF.shape[0], d_ff)
+    kernels = _kernels(implementation, transform, chunk_tokens, shape, z_BTF.dtype.itemsize)
     options = Options(transform, gradient_dtype, kernels)
     with jax.named_scope("ttt_scan"):
         s_in_BDF = None if state is None else constrain(state.s_BDF, "batch", "width", "mlp")
@@ -117,7 +118,7 @@ def fast_weight_projection(
 
 
 def _kernels(
-    implementation: Implementation, transform: DeltaTransform, chunk_tokens: int, shape: tuple[int, ...], itemsize: int
+    implementation: Implementation, transform: DeltaTransform, chunk_tokens: int, shape: tuple[int, int], itemsize: int
 ) -> Kernels | None:
     """Returns the kernels that run the scans, ``None`` for XLA."""
     if implementation == "chunked":

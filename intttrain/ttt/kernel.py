@@ -34,9 +34,7 @@ from jax.experimental.pallas import tpu as pltpu
 Array = jax.Array
 
 LANES = 128
-# Rows of the scalars of ``recurrence``: is the state kept, by what is the update multiplied, does the first token read,
-# and do others do otherwise.
-_KEEP, _GAIN, _READS, _MIXED = range(4)
+_KEEP, _GAIN, _READS, _MIXED = range(4)  # rows of ``Scalars``
 # Of ``suffix``: by what v G is multiplied, and whether G is handed over before and after the reads of a chunk join it.
 _FACTOR, _BEFORE, _AFTER = range(3)
 
@@ -56,8 +54,14 @@ class SuffixBlocks(NamedTuple):
 
 
 class Scalars(NamedTuple):
-    """Of each chunk, fp32: whether the state is kept, what the update is multiplied by, whether its first token reads
-    the state, and whether others do not do as the first."""
+    """Of each chunk, fp32.
+
+    Attributes:
+      keep_M: whether the state is kept.
+      gain_M: what the update is multiplied by.
+      reads_M: whether the first token reads the state.
+      mixed_M: whether others do not do as the first.
+    """
 
     keep_M: Array
     gain_M: Array
@@ -70,8 +74,8 @@ class Recurrence(NamedTuple):
 
     Attributes:
       y_NP: what was read, in the dtype of the inputs.
-      squares_M: of the forward scan, else None: squared Frobenius norms of what each chunk wrote, and of the state after.
-      s_end: of the forward scan, else None: fp32 state after the last chunk.
+      squares_M: squared Frobenius norms of what each chunk wrote, and of the state after it; forward, else None.
+      s_end: fp32 state after the last chunk; forward, else None.
     """
 
     y_NP: Array
@@ -102,7 +106,7 @@ def recurrence(
     Args:
       scalars: of the chunks.
       x_NE: read with: z, or the incoming gradient.
-      w_NE: v, of which with ``p_NP`` = z the updates are made; ``None`` forward, where they are made of ``p_NP`` = v and x.
+      w_NE: v, which is written with ``p_NP`` = z; ``None`` forward, where ``p_NP`` = v is written with x.
       p_NP: multiplied by the second mask.
       masks_N2: fp32, which tokens read the state and which write into it.
       base_DF, s_in_DF: W0, and the state before the first chunk, fp32.
@@ -122,7 +126,7 @@ def recurrence(
     others = [] if w_NE is None else [w_NE]
     moved = [x_NE, *others, p_NP, masks_N2, base_DF, s_in_DF]
     y_NP, *found = pl.pallas_call(
-        functools.partial(_recurrence_body, forward=forward),
+        _forward_body if forward else _prefix_body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=grid,
@@ -152,61 +156,97 @@ def recurrence(
     return Recurrence(y_NP, (jnp.sum(delta[:, :, 0, 0], axis=0), jnp.sum(after[:, :, 0, 0], axis=0)), s_end_DF)
 
 
-def _recurrence_body(scalars_ref: Any, x_ref: Any, *refs: Any, forward: bool) -> None:
-    w_ref, (p_ref, masks_ref, base_hbm, s_in_hbm, y_ref, *refs) = (x_ref, refs) if forward else (refs[0], refs[1:])
-    out_refs, (base_ref, s_ref, sum_ref, masked_ref, *square_refs, semaphores) = refs[: 3 * forward], refs[3 * forward :]
-    chunk, block = pl.program_id(1), pl.program_id(2)
-    last_chunk, last_block = pl.num_programs(1) - 1, pl.num_programs(2) - 1
-    width, dtype = x_ref.shape[1], x_ref.dtype
-    part = pl.ds(pl.multiple_of(block * width, LANES), width)
-    here = (slice(None), part) if forward else (part, slice(None))
+class _Refs(NamedTuple):
+    """Of a recurrence: blocks of the arguments, arguments in main memory, blocks of the results, on-chip memory.
+
+    ``squares`` and their sums, and ``s_end_hbm``, are there forward only.
+    """
+
+    scalars: Any
+    x: Any
+    w: Any
+    p: Any
+    masks: Any
+    base_hbm: Any
+    s_in_hbm: Any
+    y: Any
+    squares: tuple[Any, ...]
+    s_end_hbm: Any
+    base: Any
+    s: Any
+    y_sum: Any
+    masked: Any
+    square_sums: tuple[Any, ...]
+    semaphores: Any
+
+
+def _forward_body(scalars: Any, z: Any, v: Any, masks: Any, base_hbm: Any, s_in_hbm: Any, *refs: Any) -> None:
+    o, delta, after, s_end_hbm, base, s, o_sum, masked, delta_sum, after_sum, semaphores = refs
+    squares, sums = (delta, after), (delta_sum, after_sum)
+    arguments = (scalars, z, z, v, masks, base_hbm, s_in_hbm)
+    _recurrence_body(_Refs(*arguments, o, squares, s_end_hbm, base, s, o_sum, masked, sums, semaphores), forward=True)
+
+
+def _prefix_body(*refs: Any) -> None:
+    arguments, (dz, base, s, dz_sum, masked, semaphores) = refs[:7], refs[7:]
+    _recurrence_body(_Refs(*arguments, dz, (), None, base, s, dz_sum, masked, (), semaphores), forward=False)
+
+
+def _recurrence_body(refs: _Refs, *, forward: bool) -> None:
+    tile, chunk, block = (pl.program_id(dim) for dim in range(3))
+    last_chunk, last_block = (pl.num_programs(dim) - 1 for dim in (1, 2))
 
     @once((chunk == 0) & (block == 0))
-    def _() -> None:
-        for number, (source, target) in enumerate(((base_hbm, base_ref), (s_in_hbm, s_ref))):
-            _tile_copy(source, target, semaphores.at[number], forward, pl.program_id(0)).start()
-        for number, (source, target) in enumerate(((base_hbm, base_ref), (s_in_hbm, s_ref))):
-            _tile_copy(source, target, semaphores.at[number], forward, pl.program_id(0)).wait()
+    def load() -> None:
+        base = _tile_copy(refs.base_hbm, refs.base, refs.semaphores.at[0], forward, tile)
+        state = _tile_copy(refs.s_in_hbm, refs.s, refs.semaphores.at[1], forward, tile)
+        base.start()
+        state.start()
+        base.wait()
+        state.wait()
 
     @once(block == 0)
-    def _() -> None:
-        masked_ref[...] = (p_ref[...].astype(jnp.float32) * masks_ref[:, 1:]).astype(dtype)
-        for ref in (sum_ref, *square_refs):
+    def begin_chunk() -> None:
+        refs.masked[...] = (refs.p[...].astype(jnp.float32) * refs.masks[:, 1:]).astype(refs.masked.dtype)
+        for ref in (refs.y_sum, *refs.square_sums):
             ref[...] = jnp.zeros_like(ref)
 
-    def step(read: Callable[[Array, Array], Array]) -> None:
-        s, base = s_ref[here], base_ref[here]
-        sum_ref[...] += read(s, base)
-        pair = (masked_ref[...], w_ref[...]) if forward else (w_ref[...], masked_ref[...])
-        delta = scalars_ref[_GAIN, chunk] * _dot(*pair, 0, 0)
-        s_next = scalars_ref[_KEEP, chunk] * s + delta
-        s_ref[here] = s_next
-        # Rows in groups of 8 are added first: that is all the vector unit has to do for a norm in this step.
-        for ref, x in zip(square_refs, (delta, s_next), strict=False):
-            ref[...] += jnp.sum(jnp.square(x).reshape(-1, 8, width), axis=0)
-
-    def times(matrix: Array) -> Array:
-        return _dot(x_ref[...], matrix.astype(dtype), 1, 1 if forward else 0)
-
-    def one_matrix(s: Array, base: Array) -> Array:
-        return times(base + scalars_ref[_READS, chunk] * s)
-
-    def two_matrices(s: Array, base: Array) -> Array:
-        return times(base) + masks_ref[:, :1] * times(s)
-
-    either(scalars_ref[_MIXED, chunk] == 0, lambda: step(one_matrix), lambda: step(two_matrices))
+    one, two = (functools.partial(_read_and_write, refs, chunk, block, forward, mixed) for mixed in (False, True))
+    either(refs.scalars[_MIXED, chunk] == 0, one, two)
 
     @once(block == last_block)
-    def _() -> None:
-        y_ref[...] = sum_ref[...].astype(dtype)
-        for ref, total_ref in zip(out_refs, square_refs, strict=False):
-            ref[...] = jnp.full_like(ref, jnp.sum(total_ref[...]))
+    def end_chunk() -> None:
+        refs.y[...] = refs.y_sum[...].astype(refs.y.dtype)
+        for ref, sums in zip(refs.squares, refs.square_sums, strict=True):
+            ref[...] = jnp.full_like(ref, jnp.sum(sums[...]))
 
-    if forward:
+    @once((chunk == last_chunk) & (block == last_block))
+    def store() -> None:
+        if forward:
+            _copy(_tile_copy(refs.s_end_hbm, refs.s, refs.semaphores.at[0], forward, tile, back=True))
 
-        @once((chunk == last_chunk) & (block == last_block))
-        def _() -> None:
-            _copy(_tile_copy(out_refs[2], s_ref, semaphores.at[0], forward, pl.program_id(0), back=True))
+
+def _read_and_write(refs: _Refs, chunk: Any, block: Any, forward: bool, mixed: bool) -> None:
+    """Reads a chunk with a part of the tile, and writes into that part."""
+    width, dtype = refs.x.shape[1], refs.x.dtype
+    part = pl.ds(pl.multiple_of(block * width, LANES), width)
+    here = (slice(None), part) if forward else (part, slice(None))
+    s, base = refs.s[here], refs.base[here]
+
+    def times(matrix: Array) -> Array:
+        return _dot(refs.x[...], matrix.astype(dtype), 1, 1 if forward else 0)
+
+    if mixed:
+        refs.y_sum[...] += times(base) + refs.masks[:, :1] * times(s)
+    else:
+        refs.y_sum[...] += times(base + refs.scalars[_READS, chunk] * s)
+    pair = (refs.masked, refs.w) if forward else (refs.w, refs.masked)
+    delta = refs.scalars[_GAIN, chunk] * _dot(pair[0][...], pair[1][...], 0, 0)
+    s_next = refs.scalars[_KEEP, chunk] * s + delta
+    refs.s[here] = s_next
+    # Rows in groups of 8 are added first: that is all the vector unit has to do for a norm in this step.
+    for sums, x in zip(refs.square_sums, (delta, s_next), strict=False):
+        sums[...] += jnp.sum(jnp.square(x).reshape(-1, 8, width), axis=0)
 
 
 class Suffix(NamedTuple):
@@ -330,15 +370,15 @@ def _suffix_body(
             _copy(pltpu.make_async_copy(handed_ref, dw_hbm.at[rows, columns], semaphore))
 
     @once((step == 0) & (block == 0))
-    def _() -> None:
+    def load() -> None:
         _copy(_tile_copy(g_in_hbm, g_ref, semaphore, False, tile))
 
     @once(block == 0)
-    def _() -> None:
+    def begin_chunk() -> None:
         read_ref[...] = g_ref[...].astype(dtype)
 
     @once((block == 0) & (scalars_ref[_BEFORE, chunk] > 0))
-    def _() -> None:
+    def hand_over_before() -> None:
         hand_over()
 
     dv = _dot(z_ref[...], read_ref[...], 1, 1)
@@ -350,15 +390,15 @@ def _suffix_body(
     g_ref[...] += _dot(do, z_ref[...], 0, 0)
 
     @once((block == last_block) & (scalars_ref[_AFTER, chunk] > 0))
-    def _() -> None:
+    def hand_over_after() -> None:
         hand_over()
 
     @once((step == last_step) & (block == last_block))
-    def _() -> None:
+    def store() -> None:
         _copy(_tile_copy(g_hbm, g_ref, semaphore, False, tile, back=True))
 
 
-# The two forms of a condition. Static profiles count nothing in either, so ``planner/profile_kernels.py`` replaces them.
+# The two forms of a condition. Static profiles count nothing under one: ``planner/profile_scans.py`` replaces both.
 
 
 def either(condition: Any, usual: Callable[[], None], other: Callable[[], None]) -> None:

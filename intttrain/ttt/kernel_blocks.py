@@ -21,6 +21,8 @@ TOKEN_MULTIPLE = 16  # rows of a bf16 register; chunks are padded to it
 # larger one, less what it keeps for itself. A v4 has 16 MiB, too little.
 VMEM_MIB: Mapping[str, float] = types.MappingProxyType({"v5p": 63.9, "v5e": 127.9, "v6e": 127.9, "tpu7x": 63.9})
 
+_ENOUGH_TOKENS = 256  # in a product: with fewer the matrix units wait for their weights
+
 
 class Kernels(NamedTuple):
     """How the three scans run, static: the machine, its TensorCores, and blocks; D and F are padded to ``shape``."""
@@ -74,7 +76,8 @@ def fitting(chip: str, cores: int, chunk_tokens: int, width: int, d_ff: int, ite
 
     def suffix() -> SuffixBlocks | None:
         choices = (SuffixBlocks(*pair) for pair in product(_tiles(d_ff, cores), _divisors(tokens, TOKEN_MULTIPLE)))
-        return max((b for b in choices if _total(suffix_ledger(b, width, itemsize)) <= vmem), default=None)
+        fits = [b for b in choices if _total(suffix_ledger(b, width, itemsize)) <= vmem]
+        return max(fits, key=lambda blocks: (min(blocks.tokens, _ENOUGH_TOKENS), blocks), default=None)
 
     found = {
         "forward": recurrence(width, d_ff, forward=True),

@@ -17,9 +17,7 @@ from intttrain.ttt.kernel_blocks import TOKEN_MULTIPLE, Kernels, padded
 Array = jax.Array
 
 
-def forward_scan(
-    kernels: Kernels, w_DF: Array, eta: Array, s_in_DF: Array, chunks: Chunks
-) -> tuple[Array, Forward]:
+def forward_scan(kernels: Kernels, w_DF: Array, eta: Array, s_in_DF: Array, chunks: Chunks) -> tuple[Array, Forward]:
     """Returns what ``chunked.forward_scan`` does, without row scales."""
     wide = _Padded(kernels, chunks)
     found = kernel.recurrence(

@@ -139,7 +139,9 @@ def _forward(
         return _shaped_as(batch, found), s_end_BDF if given else None, kept_nBDF
 
     in_axes, out_axes = (_WEIGHT, (), _STATE, _BATCH), (_FORWARD, _STATE, _STATES)
-    read, s_end_BDF, s_in_nBDF = per_device(local, in_axes, out_axes, left_to_xla=options.left_to_xla)(w_DF, eta, s_in_BDF, batch)
+    read, s_end_BDF, s_in_nBDF = per_device(local, in_axes, out_axes, left_to_xla=options.left_to_xla)(
+        w_DF, eta, s_in_BDF, batch
+    )
     if axis_size(AXIS) > 1:
         s_in_nBDF = checkpoint_name(s_in_nBDF, STATE_NAME)
     return Scanned(read, s_end_BDF), (w_DF, eta, s_in_nBDF, batch, read.scale_MD)
@@ -174,9 +176,9 @@ def _backward(options: Options, residuals: tuple[Any, ...], cotangents: Scanned)
 
     in_axes = (_WEIGHT, (), _STATES, _BATCH, _CHUNKS, _CHUNKS, _STATE)
     out_axes = (_WEIGHT, (), _STATE, _CHUNKS, _CHUNKS, _CHUNKS)
-    dw_DF, deta, ds_BDF, dz_BMCF, dv_BMCD, dgates_BM = per_device(local, in_axes, out_axes, left_to_xla=options.left_to_xla)(
-        *residuals, cotangents.read.o_MCD, cotangents.s_end_BDF
-    )
+    dw_DF, deta, ds_BDF, dz_BMCF, dv_BMCD, dgates_BM = per_device(
+        local, in_axes, out_axes, left_to_xla=options.left_to_xla
+    )(*residuals, cotangents.read.o_MCD, cotangents.s_end_BDF)
     return dw_DF, deta, ds_BDF, Chunks(dz_BMCF, dv_BMCD, None, None, None, dgates_BM)  # type: ignore[arg-type]
 
 
