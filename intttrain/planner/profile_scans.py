@@ -25,10 +25,10 @@ from jax.experimental import topologies
 from intttrain.core import hardware
 from intttrain.core.compiler import compiler_options
 from intttrain.planner.profile_kernels import ESTIMATE, TOPOLOGY
+from intttrain.planner.scan_cost import FLOPS
 from intttrain.ttt import kernel
 from intttrain.ttt.kernel_blocks import Kernels, fitting
 
-KINDS = {"forward": 4, "prefix": 4, "suffix": 6}  # FLOPs per token and entry of the state
 _CHUNKS = 4
 _PER_CHUNK = ("begin_chunk", "end_chunk")
 
@@ -96,7 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Prints a line per kernel."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--chip", choices=sorted(set(TOPOLOGY) - {"v4"}), required=True)
-    parser.add_argument("--kernels", default=",".join(KINDS), help="separated by commas")
+    parser.add_argument("--kernels", default=",".join(FLOPS), help="separated by commas")
     parser.add_argument("--shape", default="2560x9728", help="D x F")
     parser.add_argument("--chunk-tokens", type=int, default=1024)
     parser.add_argument("--compile-only", action="store_true", help="compile one kernel and print nothing")
@@ -119,7 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
         plain, every = (device_cycles(given.chip, kind, tokens, (width, d_ff), per_chunk=on) for on in (False, True))
         cycles = plain + (every - plain) / steps if plain and every else 0.0
-        part = KINDS[kind] * tokens * width * d_ff / (flops_per_cycle * cycles) if cycles else 0.0
+        part = FLOPS[kind] * tokens * width * d_ff / (flops_per_cycle * cycles) if cycles else 0.0
         shown = f"{cycles:>18.0f}  {part:.3f}" if cycles else f"{'-':>18}"
         print(f"{kind:8}{f'{blocks[0]}/{blocks[1]}':>14}{shown}", flush=True)
 

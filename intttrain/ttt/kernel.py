@@ -187,8 +187,9 @@ def _forward_body(scalars: Any, z: Any, v: Any, masks: Any, base_hbm: Any, s_in_
     _recurrence_body(_Refs(*arguments, o, squares, s_end_hbm, base, s, o_sum, masked, sums, semaphores), forward=True)
 
 
-def _prefix_body(*refs: Any) -> None:
-    arguments, (dz, base, s, dz_sum, masked, semaphores) = refs[:7], refs[7:]
+def _prefix_body(scalars: Any, do: Any, v: Any, z: Any, masks: Any, base_hbm: Any, s_in_hbm: Any, *refs: Any) -> None:
+    dz, base, s, dz_sum, masked, semaphores = refs
+    arguments = (scalars, do, v, z, masks, base_hbm, s_in_hbm)
     _recurrence_body(_Refs(*arguments, dz, (), None, base, s, dz_sum, masked, (), semaphores), forward=False)
 
 

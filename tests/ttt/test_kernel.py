@@ -39,11 +39,12 @@ class Scan:
     d_ff: int
     dtype: str
     cores: int
+    tokens: int  # of a block of the suffix scan
 
     @property
     def kernels(self) -> Kernels:
         shape = tuple(kernel_blocks.padded(size, 128) for size in (self.width, self.d_ff))
-        return Kernels(Machine(2**26, INTERPRET), self.cores, shape, BLOCKS, BLOCKS, SuffixBlocks(128, 16))
+        return Kernels(Machine(2**26, INTERPRET), self.cores, shape, BLOCKS, BLOCKS, SuffixBlocks(128, self.tokens))
 
     def inputs(self) -> tuple[jax.Array, jax.Array, jax.Array, chunked.Chunks, jax.Array, jax.Array]:
         """W0, eta, the incoming state, chunks, the gradient of what is read, and that of the last state."""
@@ -61,8 +62,8 @@ class Scan:
         return w_DF, jnp.float32(0.05), s_in_DF, chunks, do_MCD, g_end_DF
 
 
-ODD = Scan(200, 250, "float32", cores=2)  # padded to 256 x 256: both cores, one launch of the suffix scan
-BF16 = Scan(128, 256, "bfloat16", cores=1)  # two launches
+ODD = Scan(200, 250, "float32", cores=2, tokens=16)  # padded to 256 x 256: one launch of the suffix scan on two cores
+BF16 = Scan(128, 256, "bfloat16", cores=1, tokens=32)  # two launches
 # Sums of products of the same numbers in another order; bf16 results are rounded once from these.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2**-8}
 
@@ -192,6 +193,8 @@ def test_what_cannot_run_is_refused_in_one_line_or_left_to_xla(monkeypatch):
         api._kernels("pallas", ttt.DeltaTransform(), 65536, *arguments[2:])
     assert api._kernels("auto", ttt.DeltaTransform(), 65536, *arguments[2:]) is None
     assert isinstance(api._kernels("pallas", *arguments), Kernels)
+    assert isinstance(api._kernels("auto", *arguments), Kernels)
+    assert api._kernels("auto", ttt.DeltaTransform(), 2048, *arguments[2:]) is None  # XLA is as fast, for all we know
     assert api._kernels("chunked", *arguments) is None
     monkeypatch.setattr(kernel_blocks, "axis_size", lambda _: 2)
     with pytest.raises(UserError, match=r"mesh.tensor=2 cuts the state"):
