@@ -48,7 +48,7 @@ class TTTConfig:
     delta_clip: PositiveFloat | None = None  # bound on the Frobenius norm of one chunk's eta * V^T Z
     delta_spectral: PositiveFloat | None = None  # bound on its spectral norm
     preserve_row_norm: Switch = False  # read W0 + S rescaled to the row norms of W0
-    implementation: Literal["auto", "chunked", "reference"] = "auto"
+    implementation: Literal["auto", "chunked", "pallas", "reference"] = "auto"
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -7,7 +7,7 @@ topology      names of TPU slices -> described devices
 hlo, shapes   the compiler's text as instructions
 loops         how often each part runs
 flops, cost   matmul FLOPs and estimated cycles, by kind and line
-kernels, attention_cost    what Pallas kernels cost
+kernels, attention_cost, scan_cost    what Pallas kernels cost
 collectives, groups        bytes by kind and mesh axis
 memory, liveness           what lies where at the peak, does it fit
 replication   what every device holds although it could be in pieces

@@ -25,8 +25,7 @@ import numpy as np
 
 from intttrain.core.hardware import Chip
 from intttrain.planner.hlo import Instruction
-from intttrain.planner.kernels import KernelCost, KernelModel, is_kernel, kernel_name, kernel_settings
-from intttrain.planner.shapes import Shape, parse_shape, split_top_level
+from intttrain.planner.kernels import KernelCost, KernelModel, is_kernel, kernel_name, kernel_settings, operand_shapes
 
 _NAME = re.compile(r"splash_m[hq]a_(fwd|dkv|dq)(_segmented)?_(no_)?residuals$")
 
@@ -197,10 +196,6 @@ def causal_blocks(queries: int, keys: int, width: int, blocks: Blocks, *, by_key
     return sum(min(count, width) for count in counts)
 
 
-def _operand_shapes(instruction: Instruction) -> list[Shape]:
-    return [parse_shape(text) for text in split_top_level(instruction.attributes["operand_layout_constraints"][1:-1])]
-
-
 def read_call(instruction: Instruction) -> AttentionCall | None:
     """Reads a call of a splash kernel; None for anything else, other layouts included."""
     found = _NAME.match(kernel_name(instruction)) if is_kernel(instruction) else None
@@ -210,7 +205,7 @@ def read_call(instruction: Instruction) -> AttentionCall | None:
         return None
     kind = found.group(1)
     sizes = [settings.get(name) for name in _SETTINGS[kind]]
-    shapes = _operand_shapes(instruction)
+    shapes = operand_shapes(instruction)
     floats = [shape for shape in shapes if shape.dtype.startswith(("bf", "f"))]
     if not all(isinstance(size, int) for size in sizes) or len(floats) < 3:
         return None

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from intttrain.planner.hlo import Instruction
-from intttrain.planner.shapes import split_top_level
+from intttrain.planner.shapes import Shape, parse_shape, split_top_level
 
 _SUFFIX = re.compile(r"(\.(\d+|clone|remat\d*))+$")
 
@@ -72,6 +72,11 @@ def kernel_settings(instruction: Instruction) -> dict[str, Any]:
         return {**settings, **json.loads(inner)}
     except (ValueError, AttributeError, TypeError):
         return {}
+
+
+def operand_shapes(instruction: Instruction) -> list[Shape]:
+    """The shapes of a kernel's operands on one device."""
+    return [parse_shape(text) for text in split_top_level(instruction.attributes["operand_layout_constraints"][1:-1])]
 
 
 def stated_kernel_cost(

@@ -29,6 +29,7 @@ from intttrain.planner.kernels import KernelModel, stated_kernel_cost
 from intttrain.planner.loops import execution_counts
 from intttrain.planner.memory import Memory, Refusal, Verdict, read_memory, read_refusal, verdict
 from intttrain.planner.replication import Replicated, replicated_activations, replicated_arguments
+from intttrain.planner.scan_cost import scan_model
 from intttrain.planner.topology import Topology, describe_topology, topology_devices
 from intttrain.train import Program, make_program
 
@@ -203,12 +204,12 @@ def _verdict(config: Config, topology: Topology, program: Program, needed: int) 
 
 
 def kernel_model(chip: Chip) -> KernelModel:
-    """Returns the price of Pallas calls: measured for attention, a stated fraction of the peak for others."""
+    """Returns the price of Pallas calls: measured for attention and scans, a stated part of the peak for others."""
     fallback = stated_kernel_cost(
         peak_flops_per_second=chip.device_peak_flops, matmul_efficiency=OTHER_KERNELS_EFFICIENCY,
         bytes_per_second=chip.device_hbm_bytes_per_second, cycles_per_second=chip.clock_hz,
     )  # fmt: skip
-    return attention_model(chip, fallback)
+    return attention_model(chip, scan_model(chip, fallback))
 
 
 def _predict(config: Config, topology: Topology, cost: Cost, traffic: Sequence[Traffic]) -> Prediction:

@@ -31,11 +31,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from intttrain.core import hardware
 from intttrain.core.compiler import compiler_options
 
-_TOPOLOGY = {"v4": "v4:2x2x1", "v5p": "v5p:2x2x1", "v5e": "v5e:2x2", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+TOPOLOGY = {"v4": "v4:2x2x1", "v5p": "v5p:2x2x1", "v5e": "v5e:2x2", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 _DOTS = {"fwd": 2, "bwd": 5, "dkv": 4, "dq": 3}
 _BLOCKS = ("256", "512", "1024", "2048", "1024/2048/512")
 _HEADS, _DEPTH = 2, 128  # one key head for each core of a device
-_ESTIMATE = re.compile(r'hlo_op_name: "(\S+)"\s+estimated_cycles: (\d+)')
+ESTIMATE = re.compile(r'hlo_op_name: "(\S+)"\s+estimated_cycles: (\d+)')
 
 
 def read_blocks(text: str) -> tuple[int, int, int]:
@@ -70,7 +70,7 @@ def square(blocks: tuple[int, int, int]) -> int:
 def compile_kernel(chip: str, kind: str, blocks: tuple[int, int, int], tokens: int, *, skipped: bool) -> None:
     """Compiles one kernel for one device, with key heads added by ``jax.vmap`` so that all of its cores work."""
     hardware.prepare_topology_compilation()
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=_TOPOLOGY[chip]).devices
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY[chip]).devices
     everywhere = NamedSharding(Mesh(np.array(devices[:1]), ("one",)), PartitionSpec())
     attend = jax.vmap(_kernel(kind, tokens, *blocks, skipped=skipped), in_axes=(0, 0, 0, None))
 
@@ -97,7 +97,7 @@ def core_cycles(chip: str, kind: str, blocks: tuple[int, int, int], tokens: int,
             + ["--blocks=" + "/".join(map(str, blocks)), f"--compile-only={tokens}"] + ["--skipped"] * skipped,
             capture_output=True, check=False,
         )  # fmt: skip
-        found = dict(_ESTIMATE.findall("".join(path.read_text() for path in Path(folder).glob("*.textproto"))))
+        found = dict(ESTIMATE.findall("".join(path.read_text() for path in Path(folder).glob("*.textproto"))))
     wanted = "_dkv_" if kind == "bwd" else f"_{kind}_"
     cycles = [int(n) for name, n in found.items() if wanted in name]
     figures = hardware.CHIPS[chip]
@@ -123,7 +123,7 @@ def skipped_cycles(chip: str, kind: str, blocks: tuple[int, int, int]) -> float 
 def main(arguments: list[str] | None = None) -> None:
     """Prints a line per kernel and blocks."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--chip", choices=sorted(_TOPOLOGY), required=True)
+    parser.add_argument("--chip", choices=sorted(TOPOLOGY), required=True)
     parser.add_argument(
         "--kernels", default="fwd,bwd,dkv,dq", help="separated by commas; bwd: dq beside dkv in one kernel"
     )

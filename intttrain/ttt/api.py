@@ -12,14 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from intttrain.core.errors import UserError
 from intttrain.core.row_order import stored_units
 from intttrain.core.sharding import axis_size, constrain
+from intttrain.ttt.kernel_blocks import Kernels, choose_kernels, pays, supports
 from intttrain.ttt.layout import FastWeightState, init_state, make_layout
 from intttrain.ttt.reference import project_reference
 from intttrain.ttt.shards import Options, scan_rows
 from intttrain.ttt.transforms import DeltaTransform
 
-Implementation = Literal["auto", "chunked", "reference"]
+Implementation = Literal["auto", "chunked", "pallas", "reference"]
 
 
 class FastWeightOutput(NamedTuple):
@@ -74,13 +76,15 @@ def fast_weight_projection(
       transform: bounds on updates, static.
       balanced: a context axis cuts the rows into two pieces a shard (``core/row_order.py``), and all arrays with T or
         M have that order.
-      implementation: ``reference`` (the definition, for tests), ``chunked`` or ``auto`` (chunked).
+      implementation: ``reference`` (the definition, for tests), ``chunked`` (XLA), ``pallas`` (kernels for TPUs), or
+        ``auto``: kernels where they run and are faster, else XLA.
 
     Returns:
       The projected row, the state to carry on, and the size of what was written.
 
     Raises:
       ValueError: ``chunk_tokens`` does not divide T, or the implementation does not exist or knows no balanced rows.
+      UserError: kernels were asked for and cannot run here.
 
     Source: In-Place TTT (arXiv 2604.06169), equations restated in ``docs/method.md``.
     """
@@ -106,7 +110,9 @@ def fast_weight_projection(
 
     z_BMCF = z_BTF.reshape(rows, chunks, chunk_tokens, d_ff)
     v_BMCD = v_BTD.reshape(rows, chunks, chunk_tokens, -1)
-    options = Options(transform, gradient_dtype, 2 if balanced else 1)
+    shape = (w_down_DF.shape[0], d_ff)
+    kernels = _kernels(implementation, transform, chunk_tokens, shape, z_BTF.dtype.itemsize)
+    options = Options(transform, gradient_dtype, kernels, 2 if balanced else 1)
     with jax.named_scope("ttt_scan"):
         s_in_BDF = None if state is None else constrain(state.s_BDF, "batch", "width", "mlp")
         read, s_end_BDF = scan_rows(options, z_BMCF, v_BMCD, w_down_DF, layout, gates_BM, eta, s_in_BDF)
@@ -119,3 +125,17 @@ def fast_weight_projection(
         delta_norm_BM=jax.lax.stop_gradient(read.delta_norm_M / w_norm),
         state_norm_BM=jax.lax.stop_gradient(read.state_norm_M / w_norm),
     )
+
+
+def _kernels(
+    implementation: Implementation, transform: DeltaTransform, chunk_tokens: int, shape: tuple[int, int], itemsize: int
+) -> Kernels | None:
+    """Returns the kernels that run the scans, ``None`` for XLA."""
+    if implementation == "chunked":
+        return None
+    found = supports(transform) or choose_kernels(chunk_tokens, *shape, itemsize)
+    if implementation == "pallas" and isinstance(found, str):
+        raise UserError(f'model.ttt.implementation="pallas": {found}; or use "auto" or "chunked"')
+    if isinstance(found, str) or (implementation == "auto" and not pays(chunk_tokens)):
+        return None
+    return found

@@ -26,17 +26,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from intttrain.core.scan import scan
 from intttrain.core.sharding import RULES, axis_size, constrain, gather_pieces, per_device, sum_over, sum_to_pieces
-from intttrain.ttt.chunked import (
-    Chunks,
-    Forward,
-    Gradients,
-    backward_scans,
-    empty_state,
-    forward_scan,
-    read_back,
-    read_scale,
-    written_state,
-)
+from intttrain.ttt import chunked, kernel_scans
+from intttrain.ttt.chunked import Chunks, Forward, Gradients, empty_state, read_back, read_scale, written_state
+from intttrain.ttt.kernel_blocks import Kernels
 from intttrain.ttt.layout import ChunkLayout
 from intttrain.ttt.transforms import DeltaTransform
 
@@ -54,11 +46,36 @@ _BATCH: Any = Chunks(*(_CHUNKS,) * len(Chunks._fields))  # type: ignore[arg-type
 
 
 class Options(NamedTuple):
-    """What is static: bounds on updates, in which dtype the gradient of W0 is summed over devices, and P."""
+    """What is static.
+
+    Attributes:
+      transform: bounds on updates.
+      gradient_dtype: in which the gradient of W0 is summed over devices.
+      kernels: that run the scans; ``None`` for XLA.
+      stretches: P.
+    """
 
     transform: DeltaTransform
     gradient_dtype: str
+    kernels: Kernels | None
     stretches: int
+
+    @property
+    def left_to_xla(self) -> tuple[str, ...]:
+        """Mesh axes over which XLA divides the work of a device: kernels are not divided."""
+        return _LEFT if self.kernels is None else ()
+
+    def forward_scan(self, *arguments: Any) -> tuple[Array, Forward]:
+        """``chunked.forward_scan`` without its first argument."""
+        if self.kernels is None:
+            return chunked.forward_scan(self.transform, *arguments)
+        return kernel_scans.forward_scan(self.kernels, *arguments)
+
+    def backward_scans(self, *arguments: Any) -> tuple[Array, Gradients]:
+        """``chunked.backward_scans`` without its first argument."""
+        if self.kernels is None:
+            return chunked.backward_scans(self.transform, *arguments)
+        return kernel_scans.backward_scans(self.kernels, *arguments)
 
 
 class Scanned(NamedTuple):
@@ -117,17 +134,19 @@ def _forward(
             own_RDF = jax.lax.map(lambda chunks: written_state(options.transform, eta, chunks), rows)
             s_in_RDF, last_BDF = exclusive_scan(options, _kept(rows), own_RDF, s_in_BDF)
         kept_nRDF = None if s_in_RDF is None else s_in_RDF[None]
-        s_in_RDF, rows = _as_rows(s_in_RDF, rows)
+        s_in_RDF, rows = _as_rows(options, s_in_RDF, rows)
 
         def run(_: None, row: tuple[Array, Chunks]) -> tuple[None, tuple[Array, Forward]]:
-            return None, forward_scan(options.transform, w_DF, eta, *row)
+            return None, options.forward_scan(w_DF, eta, *row)
 
         _, (s_end_RDF, found) = scan(run, None, (s_in_RDF, rows), s_in_RDF.shape[0])
         s_end_BDF = s_end_RDF if last_BDF is None else last_BDF
         return _shaped_as(batch, options, found), s_end_BDF if given else None, kept_nRDF
 
     in_axes, out_axes = (_WEIGHT, (), _STATE, _BATCH), (_FORWARD, _STATE, _STATES)
-    read, s_end_BDF, s_in_nRDF = per_device(local, in_axes, out_axes, left_to_xla=_LEFT)(w_DF, eta, s_in_BDF, batch)
+    read, s_end_BDF, s_in_nRDF = per_device(local, in_axes, out_axes, left_to_xla=options.left_to_xla)(
+        w_DF, eta, s_in_BDF, batch
+    )
     if axis_size(AXIS) > 1:
         s_in_nRDF = checkpoint_name(s_in_nRDF, STATE_NAME)
     return Scanned(read, s_end_BDF), (w_DF, eta, s_in_nRDF, batch, read.scale_MD)
@@ -148,10 +167,10 @@ def _backward(options: Options, residuals: tuple[Any, ...], cotangents: Scanned)
             rows, do_RMCD = _as_stretches(options, (batch, do_BMCD))
             own_RDF = jax.lax.map(lambda pair: read_back(*pair), (rows, do_RMCD))
             g_end_RDF, ds_first_BDF = exclusive_scan(options, _kept(rows), own_RDF, g_end_BDF, reverse=True)
-        s_in_RDF, (rows, do_RMCD) = _as_rows(None if s_in_nRDF is None else s_in_nRDF[0], (rows, do_RMCD))
+        s_in_RDF, (rows, do_RMCD) = _as_rows(options, None if s_in_nRDF is None else s_in_nRDF[0], (rows, do_RMCD))
 
         def run(dw_DF: Array, row: tuple[Any, ...]) -> tuple[Array, Gradients]:
-            return backward_scans(options.transform, w_DF, eta, dw_DF, *row)
+            return options.backward_scans(w_DF, eta, dw_DF, *row)
 
         inputs = (s_in_RDF, rows, do_RMCD, g_end_RDF)
         dw_DF, found = scan(run, empty_state(*w_DF.shape), inputs, s_in_RDF.shape[0])
@@ -163,23 +182,23 @@ def _backward(options: Options, residuals: tuple[Any, ...], cotangents: Scanned)
 
     in_axes = (_WEIGHT, (), _STATES, _BATCH, _CHUNKS, _CHUNKS, _STATE)
     out_axes = (_WEIGHT, (), _STATE, _CHUNKS, _CHUNKS, _CHUNKS)
-    dw_DF, deta, ds_BDF, dz_BMCF, dv_BMCD, dgates_BM = per_device(local, in_axes, out_axes, left_to_xla=_LEFT)(
-        *residuals, cotangents.read.o_MCD, cotangents.s_end_BDF
-    )
+    dw_DF, deta, ds_BDF, dz_BMCF, dv_BMCD, dgates_BM = per_device(
+        local, in_axes, out_axes, left_to_xla=options.left_to_xla
+    )(*residuals, cotangents.read.o_MCD, cotangents.s_end_BDF)
     return dw_DF, deta, ds_BDF, Chunks(dz_BMCF, dv_BMCD, None, None, None, dgates_BM)  # type: ignore[arg-type]
 
 
 _scan_rows.defvjp(_forward, _backward)
 
 
-def _as_rows(s_in_BDF: Array | None, tree: Any) -> tuple[Array, Any]:
+def _as_rows(options: Options, s_in_BDF: Array | None, tree: Any) -> tuple[Array, Any]:
     """Returns what runs one after the other, R in front: rows with their states, or all as one with an empty state."""
     if s_in_BDF is not None:
         return s_in_BDF, tree
     chunks = tree if isinstance(tree, Chunks) else tree[0]
     empty_DF = empty_state(chunks.v_MCD.shape[-1], chunks.z_MCF.shape[-1])
     in_one = jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), tree)
-    return constrain(empty_DF, None, "mlp")[None], in_one
+    return (constrain(empty_DF, None, "mlp") if options.left_to_xla else empty_DF)[None], in_one
 
 
 def _as_stretches(options: Options, tree: Any) -> Any:

@@ -1,0 +1,148 @@
+"""Which shapes the kernels can run, and in which blocks: what lies in on-chip memory, by name and in bytes.
+
+Letters: C tokens per chunk, D model width, F feed-forward width, P the dim along which the state is cut, E the other.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+from itertools import product
+from typing import NamedTuple
+
+from intttrain.core import hardware
+from intttrain.core.sharding import axis_size, device_kind, platform
+from intttrain.ttt.kernel import HANDED_ROWS, LANES, Machine, RecurrenceBlocks, SuffixBlocks
+from intttrain.ttt.transforms import DeltaTransform
+
+TOKEN_MULTIPLE = 16  # rows of a bf16 register; chunks are padded to it
+
+# MiB of on-chip memory of one TensorCore that a kernel may use, by chip: what libtpu 0.0.52 names when it refuses a
+# larger one, less what it keeps for itself. A v4 has 16 MiB, too little.
+VMEM_MIB: Mapping[str, float] = types.MappingProxyType({"v5p": 63.9, "v5e": 127.9, "v6e": 127.9, "tpu7x": 63.9})
+
+_ENOUGH_TOKENS = 256  # in a product: with fewer the matrix units wait for their weights
+
+
+# Tokens of a chunk up to which kernels are known to plan faster than XLA (``docs/kernels.md``): the more, the less it
+# matters that XLA moves the whole state for every chunk. On v5p with 1024, D 2560, F 9728, in thousands of cycles per
+# chunk: forward 397 (XLA 468), prefix 398 (469), suffix 592 (767). Other chips were not compared.
+_FASTER_UP_TO: Mapping[str, int] = types.MappingProxyType({"v5p": 1024})
+
+
+class Kernels(NamedTuple):
+    """How the three scans run, static: the machine, its TensorCores, and blocks; D and F are padded to ``shape``."""
+
+    machine: Machine
+    cores: int
+    shape: tuple[int, int]
+    forward: RecurrenceBlocks
+    prefix: RecurrenceBlocks
+    suffix: SuffixBlocks
+
+
+def supports(transform: DeltaTransform) -> str:
+    """Returns why the kernels cannot run here, whatever the shapes, or ``""``."""
+    if platform() != "tpu":
+        return f"they run on TPUs only, not on {platform()}"
+    if hardware.chip(device_kind()).name not in VMEM_MIB:
+        return f"{device_kind()} has too little on-chip memory; they run on {', '.join(VMEM_MIB)}"
+    if transform != DeltaTransform():
+        return "they have no bounds on updates and no row norms (ttt.delta_clip, delta_spectral, preserve_row_norm)"
+    if axis_size("tensor") > 1:
+        return f"mesh.tensor={axis_size('tensor')} cuts the state, which only XLA does; they need mesh.tensor=1"
+    return ""
+
+
+def choose_kernels(chunk_tokens: int, width: int, d_ff: int, itemsize: int) -> Kernels | str:
+    """Returns the kernels for these shapes on the devices of this program, or which of them does not fit.
+
+    Args:
+      chunk_tokens, width, d_ff: C, D, F; padded to what registers hold.
+      itemsize: bytes of a value of the compute dtype.
+    """
+    chip = hardware.chip(device_kind())
+    return fitting(chip.name, chip.tensor_cores // chip.devices, chunk_tokens, width, d_ff, itemsize)
+
+
+def pays(chunk_tokens: int) -> bool:
+    """Whether ``auto`` takes the kernels on the devices of this program."""
+    return chunk_tokens <= _FASTER_UP_TO.get(hardware.chip(device_kind()).name, 0)
+
+
+def fitting(chip: str, cores: int, chunk_tokens: int, width: int, d_ff: int, itemsize: int) -> Kernels | str:
+    """Returns for one kind of chip what ``choose_kernels`` does."""
+    tokens, width, d_ff = padded(chunk_tokens, TOKEN_MULTIPLE), padded(width, LANES), padded(d_ff, LANES)
+    vmem = int(VMEM_MIB[chip] * 2**20)
+
+    def recurrence(rows: int, columns: int, *, forward: bool) -> RecurrenceBlocks | None:
+        choices = (RecurrenceBlocks(*pair) for pair in product(_tiles(rows, cores), _divisors(columns, LANES)))
+        fits = [b for b in choices if _total(recurrence_ledger(b, tokens, columns, itemsize, forward=forward)) <= vmem]
+        return max(fits, key=lambda blocks: (blocks.tile * blocks.columns, blocks.tile), default=None)
+
+    def suffix() -> SuffixBlocks | None:
+        choices = (SuffixBlocks(*pair) for pair in product(_tiles(d_ff, cores), _divisors(tokens, TOKEN_MULTIPLE)))
+        fits = [b for b in choices if _total(suffix_ledger(b, width, itemsize)) <= vmem]
+        return max(fits, key=lambda blocks: (min(blocks.tokens, _ENOUGH_TOKENS), blocks), default=None)
+
+    found = {
+        "forward": recurrence(width, d_ff, forward=True),
+        "prefix": recurrence(d_ff, width, forward=False),
+        "suffix": suffix(),
+    }
+    missing = [name for name, blocks in found.items() if blocks is None]
+    if missing:
+        return (
+            f"no blocks of the {missing[0]} scan fit the {VMEM_MIB[chip]:.0f} MiB of on-chip memory of {chip} with "
+            f"chunk_tokens={chunk_tokens}, D={width}, F={d_ff}; use a smaller chunk_tokens"
+        )
+    return Kernels(Machine(vmem), cores, (width, d_ff), **found)  # type: ignore[arg-type]  # none is missing
+
+
+def padded(size: int, multiple: int) -> int:
+    """Returns the next multiple."""
+    return -(-size // multiple) * multiple
+
+
+def _total(ledger: Mapping[str, int]) -> int:
+    return sum(ledger.values())
+
+
+def _divisors(size: int, multiple: int) -> list[int]:
+    return [n for n in range(multiple, size + 1, multiple) if size % n == 0]
+
+
+def _tiles(size: int, cores: int) -> list[int]:
+    """Widths of tiles of which every core gets as many."""
+    return [n for n in _divisors(size, LANES) if size // n % cores == 0]
+
+
+def recurrence_ledger(
+    blocks: RecurrenceBlocks, tokens: int, columns: int, itemsize: int, *, forward: bool
+) -> dict[str, int]:
+    """Returns the bytes of on-chip memory of ``kernel.recurrence`` with ``columns`` = E, by what lies there."""
+    tile, block = blocks
+    return {
+        "W0, tile": 4 * tile * columns,
+        "S, tile": 4 * tile * columns,
+        "read and written with, 2 blocks each": (1 if forward else 2) * 2 * tokens * block * itemsize,
+        "written, 2 blocks and 1 masked": 3 * tokens * tile * itemsize,
+        "result, 2 blocks and its sum": tokens * tile * (2 * itemsize + 4),
+        "masks, 2 blocks": 2 * tokens * LANES * 4,
+        "values of a step": tile * block * (4 + itemsize),
+    }
+
+
+def suffix_ledger(blocks: SuffixBlocks, width: int, itemsize: int) -> dict[str, int]:
+    """Returns the bytes of on-chip memory of ``kernel.suffix``, by what lies there."""
+    tile, tokens = blocks
+    return {
+        "G, tile": 4 * width * tile,
+        "G to read": itemsize * width * tile,
+        "z, dz in and out, 2 blocks each": 3 * 2 * tokens * tile * itemsize,
+        "v and do, 2 blocks each": 2 * 2 * tokens * width * itemsize,
+        "dv in and out, 2 blocks each": 2 * 2 * tokens * width * 4,
+        "masks, 2 blocks": 2 * tokens * LANES * 4,
+        "G handed over": 4 * HANDED_ROWS * tile,
+        "values of a step": 4 * tokens * max(width, tile),
+    }
