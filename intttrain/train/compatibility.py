@@ -26,6 +26,7 @@ FREE_TO_CHANGE: Mapping[str, str] = types.MappingProxyType(
         "data.prefetch_rows": "speed",
         "mesh.*": "where, not what",
         "model.attention": "same function, other rounding",
+        "model.context_attention": "same function, other rounding",
         "model.weight_gradient_dtype": "same function, other rounding",
         "model.remat": "speed and memory",
         "model.loss_chunk_tokens": "memory",

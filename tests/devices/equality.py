@@ -26,7 +26,7 @@ from intttrain.model.context_attention import attend
 from intttrain.planner.plan import lower
 from intttrain.train import Program, make_program
 
-ROWS, T, C = 8, 32, 4
+ROWS, T, C, WINDOW = 8, 32, 4, 6
 MESHES = {
     "fsdp8": {"fsdp": 8},
     "tensor4": {"tensor": 4, "fsdp": 2},
@@ -36,7 +36,7 @@ MESHES = {
     "context4": {"fsdp": 2, "context": 4},
     "context2_tensor2_gathered": {"fsdp": 2, "context": 2, "tensor": 2, "context_attention": "all_gather"},
     "context4_gathered": {"fsdp": 2, "context": 4, "context_attention": "all_gather"},
-    "context4_halo": {"fsdp": 2, "context": 4, "sliding_window": 6},  # a window on one device too
+    "context4_halo": {"fsdp": 2, "context": 4, "sliding_window": WINDOW},
     "microbatches2": {"data": 2, "fsdp": 2, "tensor": 2, "microbatches": 2},
 }
 
@@ -161,11 +161,9 @@ def main() -> None:
     assert len(devices) == 8
     for ttt in (True, False):
         kind = "ttt" if ttt else "dense"
-        one = take_step(tiny(ttt), devices[:1])
+        ones = {window: take_step(tiny(ttt, sliding_window=window), devices[:1]) for window in (None, WINDOW)}
         for name, changes in MESHES.items():
-            if "sliding_window" in changes:
-                one = take_step(tiny(ttt, sliding_window=changes["sliding_window"]), devices[:1])
-            many = take_step(tiny(ttt, **changes), devices)
+            one, many = ones[changes.get("sliding_window")], take_step(tiny(ttt, **changes), devices)
             result[f"{kind} {name}"] = {leaf: distance(one[leaf], many[leaf]) for leaf in one}
     texts = {kind: lowerings(tiny(kind == "ttt", data=2, fsdp=2, tensor=2), devices) for kind in ("ttt", "dense")}
     splash = {f"{case} {name}": d for case in SPLASH for name, d in splash_distances(devices, case).items()}

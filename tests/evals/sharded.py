@@ -24,6 +24,7 @@ MESHES = {
     "fsdp2_context2": {"fsdp": 2, "context": 2},
     "data2_fsdp2_context2": {"data": 2, "fsdp": 2, "context": 2},
     "context4": {"fsdp": 1, "context": 4},
+    "context2_gathered": {"fsdp": 2, "context": 2},
 }
 
 
@@ -46,6 +47,8 @@ def main() -> None:
         one = evaluate_positions(config, params, rows, eval_config)
         for name, sizes in MESHES.items():
             mesh = make_mesh(MeshConfig(**sizes), jax.devices()[: int(np.prod(list(sizes.values())))])
+            if name.endswith("gathered"):
+                config = dataclasses.replace(config, context_attention="all_gather")
             placed = jax.device_put(params, named_shardings(mesh, logical_axes(config), params))
             found[f"{kind} {name}"] = distances(one, evaluate_positions(config, placed, rows, eval_config, mesh=mesh))
     print(json.dumps(found))

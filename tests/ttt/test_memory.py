@@ -11,11 +11,11 @@ import pytest
 from intttrain import ttt
 from intttrain.ttt.layout import make_layout
 
-# A state of 512 x 512 fp32 is 1 MiB; a chunk of two tokens holds 4 KiB of z and 4 KiB of v. At 64 chunks z or v of the
-# whole row is a quarter of a state, so whatever must grow with the row (z, v, o and their gradients, a dozen arrays)
-# stays below three states, and one state per chunk would show as 60.
+# A state of 512 x 512 fp32 is 1 MiB; a chunk of one token holds 2 KiB of z and 2 KiB of v. At 256 chunks z or v of the
+# whole row is half a state, so whatever must grow with the row (z, v, o and their gradients, a dozen arrays) stays below
+# six states, and one state per chunk would show as 252.
 D = F = 512
-C = 2
+C = 1
 STATE_BYTES = D * F * 4
 FEW = 6
 
@@ -55,8 +55,8 @@ def temporary_bytes(project, chunks, transform):
 
 
 def growth(project, transform):
-    """Returns how many states of scratch memory 64 chunks need beyond 4."""
-    return (temporary_bytes(project, 64, transform) - temporary_bytes(project, 4, transform)) / STATE_BYTES
+    """Returns how many states of scratch memory 256 chunks need beyond 4."""
+    return (temporary_bytes(project, 256, transform) - temporary_bytes(project, 4, transform)) / STATE_BYTES
 
 
 @pytest.mark.parametrize(
