@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.ttt_memory
 
-One row on one device of v5p, Qwen3-4B's D and F, bf16. Nothing runs; it needs libtpu. What must grow is not counted: the
-layer's inputs and their gradients.
+One row on one device of v5p, Qwen3-4B's D and F, bf16. Nothing runs; it needs libtpu. What must grow is not counted:
+the layer's inputs and their gradients.
 """
 
 from __future__ import annotations

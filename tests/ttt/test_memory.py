@@ -12,8 +12,8 @@ from intttrain import ttt
 from intttrain.ttt.layout import make_layout
 
 # A state of 512 x 512 fp32 is 1 MiB; a chunk of one token holds 2 KiB of z and 2 KiB of v. At 256 chunks z or v of the
-# whole row is half a state, so whatever must grow with the row (z, v, o and their gradients, a dozen arrays) stays below
-# six states, and one state per chunk would show as 252.
+# whole row is half a state, so whatever must grow with the row (z, v, o and their gradients, a dozen arrays) stays
+# below six states, and one state per chunk would show as 252.
 D = F = 512
 C = 1
 STATE_BYTES = D * F * 4
