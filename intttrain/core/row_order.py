@@ -61,8 +61,9 @@ def context_way(model: ModelConfig, seq_len: int, context: int, tensor: int) -> 
 
 
 def is_balanced(model: ModelConfig, seq_len: int, context: int, tensor: int) -> bool:
-    """Whether rows are stored balanced: where every shard attends with its own queries to all keys before them."""
-    return context_way(model, seq_len, context, tensor) == "all_gather"
+    """Whether rows are stored balanced: where shards gather keys and two pieces a shard are whole chunks."""
+    gathered = context_way(model, seq_len, context, tensor) == "all_gather"
+    return gathered and seq_len % (2 * context * _chunk_tokens(model)) == 0
 
 
 def halo_tokens(window: int, shard_tokens: int) -> int:
@@ -74,7 +75,7 @@ def halo_tokens(window: int, shard_tokens: int) -> int:
 def check_row_order(model: ModelConfig, name: str, seq_len: int, context: int, tensor: int) -> None:
     """Checks that rows of ``seq_len`` (the option ``name``) can be cut over ``context``. Raises ``UserError``."""
     way = context_way(model, seq_len, context, tensor)
-    forced, pieces = f"model.context_attention={model.context_attention!r}", context
+    forced = f"model.context_attention={model.context_attention!r}"
     if way == "all_to_all" and model.num_heads % (context * tensor):
         raise UserError(
             f"{forced}: mesh.context={context} x mesh.tensor={tensor} does not divide model.num_heads="
@@ -86,26 +87,21 @@ def check_row_order(model: ModelConfig, name: str, seq_len: int, context: int, t
             f"{forced} needs a window of at most {name}={seq_len} / mesh.context={context} = {seq_len // context} "
             f"tokens, but model.sliding_window={model.sliding_window}; use 'auto'"
         )
-    if way == "all_gather":
-        pieces = 2 * context  # an early and a late one a shard
-    _check_pieces(model, name, seq_len, context, pieces)
+    if seq_len % context:
+        raise UserError(
+            f"{name}={seq_len} cannot be cut into mesh.context={context} pieces; "
+            f"use mesh.context={_choices(seq_len, context)}"
+        )
+    if (seq_len // context) % _chunk_tokens(model):
+        raise UserError(
+            f"{name}={seq_len} over mesh.context={context} gives {seq_len // context} tokens a device, not a whole "
+            f"number of chunks of model.ttt.chunk_tokens={_chunk_tokens(model)}; "
+            f"use mesh.context={_choices(seq_len // _chunk_tokens(model), context)}"
+        )
 
 
-def _check_pieces(model: ModelConfig, name: str, seq_len: int, context: int, pieces: int) -> None:
-    """Checks that all pieces of a row are whole chunks, equally many."""
-    per_shard = pieces // context
-    what = f"mesh.context={context}" + (" x 2 pieces (model.context_attention: all_gather)" if per_shard > 1 else "")
-    if seq_len % pieces:
-        raise UserError(
-            f"{name}={seq_len} cannot be cut into {what}; use mesh.context={_choices(seq_len // per_shard, context)}"
-        )
-    chunk_tokens = 1 if model.ttt is None else model.ttt.chunk_tokens
-    if (seq_len // pieces) % chunk_tokens:
-        raise UserError(
-            f"{name}={seq_len} over {what} gives {seq_len // pieces} tokens a piece, not a whole number of chunks of "
-            f"model.ttt.chunk_tokens={chunk_tokens}; "
-            f"use mesh.context={_choices(seq_len // chunk_tokens // per_shard, context)}"
-        )
+def _chunk_tokens(model: ModelConfig) -> int:
+    return 1 if model.ttt is None else model.ttt.chunk_tokens
 
 
 def _choices(number: int, wanted: int) -> str:

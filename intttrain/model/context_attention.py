@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from intttrain.core.config import ModelConfig
 from intttrain.core.errors import UserError
-from intttrain.core.row_order import Ranges, context_way, halo_tokens, stored_ranges, stored_units
+from intttrain.core.row_order import Ranges, context_way, halo_tokens, is_balanced, stored_ranges, stored_units
 from intttrain.core.sharding import RULES, Axes, axis_size, constrain, per_device, platform, position_on
 from intttrain.model.attention import banded_attention, dense_attention, visible_keys
 from intttrain.model.splash import attend_rows, make_kernel, supports
@@ -43,6 +43,7 @@ class Cut(NamedTuple):
     Attributes:
       q_axes, kv_axes, ids_axes: logical names of queries (B N T H), keys and values (B K T H), and segment ids (B T).
       positions_nt: where the queries of every shard stand among the keys that they meet; n = 1 if that is the same.
+      piece: how many of them follow each other in the row.
       keys: how many keys a device has.
       bring: makes these keys of those that it holds.
     """
@@ -51,6 +52,7 @@ class Cut(NamedTuple):
     kv_axes: Axes
     ids_axes: Axes
     positions_nt: np.ndarray
+    piece: int
     keys: int
     bring: Bring
 
@@ -95,19 +97,21 @@ def _cut(config: ModelConfig, seq_len: int) -> Cut:
     way = context_way(config, seq_len, shards, axis_size("tensor"))
     if way == "all_to_all":
         spread: Axes = ("batch", "spread_heads", None, "head_dim")
-        return Cut(spread, spread, ("batch", None), np.arange(seq_len)[None], seq_len, lambda *held: held)
+        return Cut(spread, spread, ("batch", None), np.arange(seq_len)[None], seq_len, seq_len, lambda *held: held)
     q_axes: Axes = ("batch", "heads", "tokens", "head_dim")
     kv_axes: Axes = ("batch", "kv_heads", "tokens", "head_dim")
     ids_axes: Axes = ("batch", "tokens")
     if way == "all_gather":
-        ranges = stored_ranges(seq_len, shards, balanced=True)
-        positions_nt = stored_units(seq_len, shards, 1, balanced=True).reshape(shards, -1)
-        return Cut(q_axes, kv_axes, ids_axes, positions_nt, seq_len, lambda *held: _gather_rows(ranges, *held))
+        balanced = is_balanced(config, seq_len, shards, axis_size("tensor"))
+        ranges = stored_ranges(seq_len, shards, balanced=balanced)
+        positions_nt = stored_units(seq_len, shards, 1, balanced=balanced).reshape(shards, -1)
+        piece = seq_len // len(ranges)
+        return Cut(q_axes, kv_axes, ids_axes, positions_nt, piece, seq_len, lambda *held: _gather_rows(ranges, *held))
     assert window is not None
     own = seq_len // shards
     halo = halo_tokens(window, own)
     positions_nt = halo + np.arange(own)[None]
-    return Cut(q_axes, kv_axes, ids_axes, positions_nt, halo + own, lambda *held: _put_halo_before(halo, *held))
+    return Cut(q_axes, kv_axes, ids_axes, positions_nt, own, halo + own, lambda *held: _put_halo_before(halo, *held))
 
 
 def _copy_heads(x_BTKH: jax.Array) -> jax.Array:
@@ -152,15 +156,10 @@ def _put_halo_before(halo: int, k_bkth: jax.Array, v_bkth: jax.Array, ids_bt: ja
 def _takes_splash(config: ModelConfig, cut: Cut) -> bool:
     if config.attention != "splash" and (config.attention != "auto" or platform() != "tpu"):
         return False
-    obstacle = supports(math.gcd(_consecutive(cut), cut.keys), config.head_dim)
+    obstacle = supports(math.gcd(cut.piece, cut.keys), config.head_dim)
     if obstacle and config.attention == "splash":
         raise UserError(f'model.attention="splash": {obstacle}; use "auto" or "dense"')
     return not obstacle
-
-
-def _consecutive(cut: Cut) -> int:
-    """Returns how many queries of a device, at least, follow each other in the row."""
-    return cut.positions_nt.shape[1] // (2 if len(cut.positions_nt) > 1 else 1)
 
 
 def _make_kernel(config: ModelConfig, cut: Cut, q_shape: tuple[int, ...], kv_shape: tuple[int, ...]) -> tuple[Any, Any]:
@@ -168,7 +167,7 @@ def _make_kernel(config: ModelConfig, cut: Cut, q_shape: tuple[int, ...], kv_sha
     rows, heads = (size // _pieces(name) for size, name in zip(q_shape[:2], cut.q_axes[:2], strict=True))
     groups = heads // (kv_shape[1] // _pieces(cut.kv_axes[1]))
     kernel = make_kernel(
-        cut.positions_nt, _consecutive(cut), cut.keys, config.sliding_window, heads if rows > 1 else groups,
+        cut.positions_nt, cut.piece, cut.keys, config.sliding_window, heads if rows > 1 else groups,
         one_kv_head=rows == 1, interpret=platform() != "tpu",
     )  # fmt: skip
     by_shard = "tokens" if len(cut.positions_nt) > 1 else None
