@@ -25,7 +25,7 @@ _COPIES: Mapping[str, int] = types.MappingProxyType({"forward": 3, "prefix": 2, 
 # the compiler's static profile of one kernel and four chunks, each of one document. The other shapes take the nearest.
 EFFICIENCY: Mapping[str, Mapping[str, Mapping[tuple[int, int], float]]] = types.MappingProxyType(
     {
-        "v5p": {"forward": {(2560, 9728): 0.980}, "prefix": {(2560, 9728): 0.943}, "suffix": {(2560, 9728): 0.936}},
+        "v5p": {"forward": {(2560, 9728): 0.980}, "prefix": {(2560, 9728): 0.976}, "suffix": {(2560, 9728): 0.989}},
     }
 )
 

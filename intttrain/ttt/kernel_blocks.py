@@ -26,7 +26,7 @@ _ENOUGH_TOKENS = 256  # in a product: with fewer the matrix units wait for their
 
 # Tokens of a chunk up to which kernels are known to plan faster than XLA (``docs/kernels.md``): the more, the less it
 # matters that XLA moves the whole state for every chunk. On v5p with 1024, D 2560, F 9728, in thousands of cycles per
-# chunk: forward 397 (XLA 468), prefix 398 (469), suffix 592 (767). Other chips were not compared.
+# chunk: forward 397 (XLA 468), prefix 398 (469), suffix 590 (767). Other chips were not compared.
 _FASTER_UP_TO: Mapping[str, int] = types.MappingProxyType({"v5p": 1024})
 
 
