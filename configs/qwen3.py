@@ -40,7 +40,7 @@ import ml_collections
 
 from intttrain.core.config import default_config
 
-V5P, V5E, V6E = "v5p:4x4x4", "v5e:16x16", "v6e:16x16"
+V5P, V5E, V6E, TPU7X = "v5p:4x4x4", "v5e:16x16", "v6e:16x16", "tpu7x:4x4x4"
 
 # Variant -> the topologies it is planned for; `intttrain plan --compare` plans any twin. With STAGED the keys are all
 # variants.
@@ -49,14 +49,14 @@ TOPOLOGIES: dict[str, tuple[str, ...]] = {
     "4b_32k": (V5P,),
     "8b_32k": (V5P,),
     "14b_32k": (V5P,),
-    "4b_128k": (V5P, V5E, V6E),
+    "4b_128k": (V5P, V5E, V6E, TPU7X),
     "8b_128k": (V5P,),
     "14b_128k": (V5P,),
     "4b_8k_dense": (V5P,),
     "4b_32k_dense": (V5P,),
     "8b_32k_dense": (),
     "14b_32k_dense": (),
-    "4b_128k_dense": (V5P, V5E, V6E),
+    "4b_128k_dense": (V5P, V5E, V6E, TPU7X),
     "8b_128k_dense": (),
     "14b_128k_dense": (),
 }

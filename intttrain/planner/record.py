@@ -33,7 +33,9 @@ REPO = Path(__file__).resolve().parents[2]
 RECORDS, PAGE = REPO / "docs" / "plans.json", REPO / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- plans: begin (python -m intttrain.planner.record) -->", "<!-- plans: end -->"
 
-PROGRAM = 2  # 2: one product with W0 + S (docs/decisions/0007), one buffer per run of layers (0008)
+# 2: one product with W0 + S (docs/decisions/0007), one buffer per run of layers (0008)
+# 3: scan kernels (0009), one backward kernel of attention (0011), RoPE pinned to its tokens
+PROGRAM = 3
 
 _SHAPING = ("model.", "mesh.", "data.seq_len", "train.batch_rows", "train.microbatches", "train.optimizer.")
 

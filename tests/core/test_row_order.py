@@ -58,7 +58,7 @@ def test_auto_takes_what_travels_least(changes, context, tensor, way):
         (
             {"context_attention": "all_to_all"},
             8,
-            r"does not divide model.num_heads=4; use 'all_gather', or .*context=2 or 4",
+            r"does not divide model.num_heads=4; use 'all_gather', or .*context=1 or 2 or 4",
         ),
         ({"context_attention": "halo"}, 4, r"a window of at most data.seq_len=1024 / mesh.context=4 = 256 .*=None"),
         ({"context_attention": "halo", "sliding_window": 300}, 4, r"= 256 tokens, but model.sliding_window=300"),
