@@ -23,10 +23,9 @@ VMEM_MIB: Mapping[str, float] = types.MappingProxyType({"v5p": 63.9, "v5e": 127.
 
 _ENOUGH_TOKENS = 256  # in a product: with fewer the matrix units wait for their weights
 
-
 # Where ``auto`` takes the kernels: chip, D, F -> tokens of a chunk up to which they are known to plan faster than XLA
-# (``docs/kernels.md``); the longer a chunk, the less it matters that XLA moves the whole state for each. In thousands of
-# cycles per chunk of 1024, kernels and XLA: v5p forward 397 and 468, prefix 398 and 469, suffix 590 and 767.
+# (``docs/kernels.md``); the longer a chunk, the less it matters that XLA moves the whole state for each. In thousands
+# of cycles per chunk of 1024, kernels and XLA: v5p forward 397 and 468, prefix 398 and 469, suffix 590 and 767.
 _FASTER_UP_TO: Mapping[tuple[str, int, int], int] = types.MappingProxyType({("v5p", 2560, 9728): 1024})
 
 
