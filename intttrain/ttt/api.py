@@ -136,6 +136,6 @@ def _kernels(
     found = supports(transform) or choose_kernels(chunk_tokens, *shape, itemsize)
     if implementation == "pallas" and isinstance(found, str):
         raise UserError(f'model.ttt.implementation="pallas": {found}; or use "auto" or "chunked"')
-    if isinstance(found, str) or (implementation == "auto" and not pays(chunk_tokens)):
+    if isinstance(found, str) or (implementation == "auto" and not pays(chunk_tokens, *shape)):
         return None
     return found

@@ -23,11 +23,10 @@ VMEM_MIB: Mapping[str, float] = types.MappingProxyType({"v5p": 63.9, "v5e": 127.
 
 _ENOUGH_TOKENS = 256  # in a product: with fewer the matrix units wait for their weights
 
-
-# Tokens of a chunk up to which kernels are known to plan faster than XLA (``docs/kernels.md``): the more, the less it
-# matters that XLA moves the whole state for every chunk. On v5p with 1024, D 2560, F 9728, in thousands of cycles per
-# chunk: forward 397 (XLA 468), prefix 398 (469), suffix 590 (767). Other chips were not compared.
-_FASTER_UP_TO: Mapping[str, int] = types.MappingProxyType({"v5p": 1024})
+# Where ``auto`` takes the kernels: chip, D, F -> tokens of a chunk up to which they are known to plan faster than XLA
+# (``docs/kernels.md``); the longer a chunk, the less it matters that XLA moves the whole state for each. In thousands
+# of cycles per chunk of 1024, kernels and XLA: v5p forward 397 and 468, prefix 398 and 469, suffix 590 and 767.
+_FASTER_UP_TO: Mapping[tuple[str, int, int], int] = types.MappingProxyType({("v5p", 2560, 9728): 1024})
 
 
 class Kernels(NamedTuple):
@@ -65,9 +64,9 @@ def choose_kernels(chunk_tokens: int, width: int, d_ff: int, itemsize: int) -> K
     return fitting(chip.name, chip.tensor_cores // chip.devices, chunk_tokens, width, d_ff, itemsize)
 
 
-def pays(chunk_tokens: int) -> bool:
-    """Whether ``auto`` takes the kernels on the devices of this program."""
-    return chunk_tokens <= _FASTER_UP_TO.get(hardware.chip(device_kind()).name, 0)
+def pays(chunk_tokens: int, width: int, d_ff: int) -> bool:
+    """Whether ``auto`` takes the kernels for these shapes on the devices of this program."""
+    return chunk_tokens <= _FASTER_UP_TO.get((hardware.chip(device_kind()).name, width, d_ff), 0)
 
 
 def fitting(chip: str, cores: int, chunk_tokens: int, width: int, d_ff: int, itemsize: int) -> Kernels | str:
