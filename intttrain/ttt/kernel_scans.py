@@ -5,16 +5,20 @@ Letters: C tokens per chunk, M chunks, N = M C tokens, D model width, F feed-for
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from intttrain.core.scan import scan
 from intttrain.ttt import kernel
 from intttrain.ttt.chunked import MIXED_SCOPE, Chunks, Forward, Gradients, empty_state
 from intttrain.ttt.kernel_blocks import TOKEN_MULTIPLE, Kernels, padded
 
 Array = jax.Array
+
+# Of the suffix scan in one launch. Every core keeps an fp32 part of dv, and the state comes and goes once a group.
+GROUP_CHUNKS = 32
 
 
 def forward_scan(kernels: Kernels, w_DF: Array, eta: Array, s_in_DF: Array, chunks: Chunks) -> tuple[Array, Forward]:
@@ -42,7 +46,7 @@ def backward_scans(
     g_end_DF: Array | None,
 ) -> tuple[Array, Gradients]:
     """Returns what ``chunked.backward_scans`` does."""
-    wide, dtype = _Padded(kernels, chunks), chunks.z_MCF.dtype
+    wide = _Padded(kernels, chunks)
     z_NF, v_ND, do_ND = (wide.rows(x) for x in (chunks.z_MCF, chunks.v_MCD, do_MCD))
     masks_N2 = wide.masks(chunks.reads_MC, chunks.writes_MC)
     w_DF, s_in_DF = wide.matrix(w_DF), wide.matrix(s_in_DF)
@@ -50,27 +54,45 @@ def backward_scans(
         _scalars(eta, chunks), do_ND, v_ND, z_NF, masks_N2, w_DF, s_in_DF, kernels.prefix, kernels.machine
     ).y_NP
 
-    ends = _ends(chunks)
-    factor_M = eta * chunks.gate_M
-    scalars = jnp.stack([factor_M, ends.before_M, ends.after_M])
     g_start_DF = empty_state(*kernels.shape) if g_end_DF is None else wide.matrix(g_end_DF)
+    groups = _groups(chunks.reads_MC.shape[0])
+    split = jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:]), (chunks, do_MCD))
+    dz_GNF = dz_NF.reshape(groups, -1, dz_NF.shape[1])
+
+    def suffix(carried: tuple[Array, Array], group: tuple[Any, Array]) -> tuple[tuple[Array, Array], Any]:
+        return _suffix(kernels, eta, carried, *group)
+
+    carried = (g_start_DF, wide.matrix(dw_DF))
+    (g_DF, dw_wide_DF), found = scan(suffix, carried, (split, dz_GNF), groups, reverse=True)
+    dz_MCF, dv_MCD, inner_M = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
+    ds_in_DF = wide.cut_matrix(g_DF, dw_DF)
+    dw_DF = wide.cut_matrix(dw_wide_DF, dw_DF) + (ds_in_DF if g_end_DF is None else ds_in_DF - g_end_DF)
+    dw_DF = _add_unread(dw_DF, 1.0 - _ends(chunks).joins_MC, do_MCD, chunks.z_MCF)
+    return dw_DF, Gradients(dz_MCF, dv_MCD, eta * inner_M, jnp.sum(chunks.gate_M * inner_M), ds_in_DF)
+
+
+def _groups(chunks: int) -> int:
+    """Returns into how many groups of chunks a row is cut, so that the fp32 parts of dv are of one group."""
+    fits = [n for n in range(1, chunks + 1) if chunks % n == 0 and chunks // n <= GROUP_CHUNKS]
+    return fits[0] if GROUP_CHUNKS // 4 * fits[0] <= chunks else 1
+
+
+def _suffix(
+    kernels: Kernels, eta: Array, carried: tuple[Array, Array], inputs: tuple[Chunks, Array], dz_NF: Array
+) -> tuple[tuple[Array, Array], tuple[Array, Array, Array]]:
+    """Runs the suffix scan of some chunks; returns G and the gradient of W0, then dz, dv and <V^T Z, G> of each."""
+    chunks, do_MCD = inputs
+    wide, ends, factor_M = _Padded(kernels, chunks), _ends(chunks), eta * chunks.gate_M
+    g_DF, dw_DF = carried
     found = kernel.suffix(
-        scalars, z_NF, v_ND, do_ND, dz_NF, wide.masks(ends.joins_MC, chunks.writes_MC), g_start_DF,
-        wide.matrix(dw_DF), kernels.suffix, kernels.cores, kernels.machine,
+        jnp.stack([factor_M, ends.before_M, ends.after_M]),
+        wide.rows(chunks.z_MCF), wide.rows(chunks.v_MCD), wide.rows(do_MCD), dz_NF,
+        wide.masks(ends.joins_MC, chunks.writes_MC), g_DF, dw_DF, kernels.suffix, kernels.cores, kernels.machine,
     )  # fmt: skip
     raw_MCD = chunks.writes_MC[..., None] * wide.cut_rows(found.dv_ND, do_MCD.shape[-1])
-    inner_M = jnp.sum(chunks.v_MCD.astype(jnp.float32) * raw_MCD, axis=(1, 2))  # <V^T Z, G> of each chunk
-    dz_MCF = wide.cut_rows(found.dz_NF, chunks.z_MCF.shape[-1])
-    ds_in_DF = wide.cut_matrix(found.g_DF, dw_DF)
-    dw_DF = wide.cut_matrix(found.dw_DF, dw_DF) + (ds_in_DF if g_end_DF is None else ds_in_DF - g_end_DF)
-    gradients = Gradients(
-        dz_MCF,
-        (factor_M[:, None, None] * raw_MCD).astype(dtype),
-        eta * inner_M,
-        jnp.sum(chunks.gate_M * inner_M),
-        ds_in_DF,
-    )
-    return _add_unread(dw_DF, 1.0 - ends.joins_MC, do_MCD, chunks.z_MCF), gradients
+    inner_M = jnp.sum(chunks.v_MCD.astype(jnp.float32) * raw_MCD, axis=(1, 2))
+    dv_MCD = (factor_M[:, None, None] * raw_MCD).astype(chunks.v_MCD.dtype)
+    return (found.g_DF, found.dw_DF), (wide.cut_rows(found.dz_NF, chunks.z_MCF.shape[-1]), dv_MCD, inner_M)
 
 
 def _scalars(eta: Array, chunks: Chunks) -> kernel.Scalars:

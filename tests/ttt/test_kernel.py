@@ -103,9 +103,16 @@ def test_forward_is_that_of_xla(scan):
 
 
 @needs_two_cores
-@pytest.mark.parametrize(("scan", "given"), [(ODD, True), (BF16, False)], ids=["odd", "bf16"])
-def test_backward_is_that_of_xla(scan, given):
+@pytest.mark.parametrize(
+    ("scan", "given", "at_once"), [(ODD, True, 32), (BF16, False, 4)], ids=["odd", "bf16, a launch for every chunk"]
+)
+def test_backward_is_that_of_xla(scan, given, at_once, monkeypatch):
+    monkeypatch.setattr(kernel_scans, "GROUP_CHUNKS", at_once)
     compare_backward(scan, given=given)
+
+
+def test_long_rows_are_cut_into_groups_of_equal_size_if_that_pays():
+    assert [kernel_scans._groups(chunks) for chunks in (1, 32, 33, 64, 96, 256, 37)] == [1, 1, 3, 2, 3, 8, 1]
 
 
 def test_the_documents_meet_every_kind_of_chunk():
