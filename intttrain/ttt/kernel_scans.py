@@ -57,14 +57,22 @@ def backward_scans(
     g_start_DF = empty_state(*kernels.shape) if g_end_DF is None else wide.matrix(g_end_DF)
     groups = _groups(chunks.reads_MC.shape[0])
     split = jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:]), (chunks, do_MCD))
-    dz_GNF = dz_NF.reshape(groups, -1, dz_NF.shape[1])
+    tokens = dz_NF.shape[0] // groups
 
-    def suffix(carried: tuple[Array, Array], group: tuple[Any, Array]) -> tuple[tuple[Array, Array], Any]:
-        return _suffix(kernels, eta, carried, *group)
+    def suffix(carried: tuple[Array, Array, Array], inputs: tuple[Any, Array]) -> tuple[tuple[Array, ...], Any]:
+        """Runs one group; the gradient of z is added to that of the read in its place."""
+        g_DF, dw_DF, dz_NF = carried
+        (group, do_mCD), start = inputs
+        dz_nF = jax.lax.dynamic_slice_in_dim(dz_NF, start, tokens) if groups > 1 else dz_NF
+        g_DF, dw_DF, dz_nF, *gradients = _suffix(kernels, eta, group, do_mCD, g_DF, dw_DF, dz_nF)
+        dz_NF = jax.lax.dynamic_update_slice_in_dim(dz_NF, dz_nF, start, 0) if groups > 1 else dz_nF
+        return (g_DF, dw_DF, dz_NF), gradients
 
-    carried = (g_start_DF, wide.matrix(dw_DF))
-    (g_DF, dw_wide_DF), found = scan(suffix, carried, (split, dz_GNF), groups, reverse=True)
-    dz_MCF, dv_MCD, inner_M = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
+    carried = (g_start_DF, wide.matrix(dw_DF), dz_NF)
+    starts = tokens * jnp.arange(groups)
+    (g_DF, dw_wide_DF, dz_NF), found = scan(suffix, carried, (split, starts), groups, reverse=True)
+    dv_MCD, inner_M = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
+    dz_MCF = wide.cut_rows(dz_NF, chunks.z_MCF.shape[-1])
     ds_in_DF = wide.cut_matrix(g_DF, dw_DF)
     dw_DF = wide.cut_matrix(dw_wide_DF, dw_DF) + (ds_in_DF if g_end_DF is None else ds_in_DF - g_end_DF)
     dw_DF = _add_unread(dw_DF, 1.0 - _ends(chunks).joins_MC, do_MCD, chunks.z_MCF)
@@ -78,12 +86,10 @@ def _groups(chunks: int) -> int:
 
 
 def _suffix(
-    kernels: Kernels, eta: Array, carried: tuple[Array, Array], inputs: tuple[Chunks, Array], dz_NF: Array
-) -> tuple[tuple[Array, Array], tuple[Array, Array, Array]]:
-    """Runs the suffix scan of some chunks; returns G and the gradient of W0, then dz, dv and <V^T Z, G> of each."""
-    chunks, do_MCD = inputs
+    kernels: Kernels, eta: Array, chunks: Chunks, do_MCD: Array, g_DF: Array, dw_DF: Array, dz_NF: Array
+) -> tuple[Array, ...]:
+    """Runs the suffix scan of some chunks; returns G, the gradients of W0, z and v, and <V^T Z, G> of each chunk."""
     wide, ends, factor_M = _Padded(kernels, chunks), _ends(chunks), eta * chunks.gate_M
-    g_DF, dw_DF = carried
     found = kernel.suffix(
         jnp.stack([factor_M, ends.before_M, ends.after_M]),
         wide.rows(chunks.z_MCF), wide.rows(chunks.v_MCD), wide.rows(do_MCD), dz_NF,
@@ -92,7 +98,7 @@ def _suffix(
     raw_MCD = chunks.writes_MC[..., None] * wide.cut_rows(found.dv_ND, do_MCD.shape[-1])
     inner_M = jnp.sum(chunks.v_MCD.astype(jnp.float32) * raw_MCD, axis=(1, 2))
     dv_MCD = (factor_M[:, None, None] * raw_MCD).astype(chunks.v_MCD.dtype)
-    return (found.g_DF, found.dw_DF), (wide.cut_rows(found.dz_NF, chunks.z_MCF.shape[-1]), dv_MCD, inner_M)
+    return found.g_DF, found.dw_DF, found.dz_NF, dv_MCD, inner_M
 
 
 def _scalars(eta: Array, chunks: Chunks) -> kernel.Scalars:
