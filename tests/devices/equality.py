@@ -112,21 +112,29 @@ def lowerings(config: Config, devices: list[jax.Device]) -> tuple[str, str]:
 
 
 # mesh, tokens, heads, key/value heads and window of a case
-SPLASH = {
+ATTENTION = {
     # four context shards divide the eight query heads but not the two key/value heads
     "all_to_all": ({"fsdp": 2, "context": 4}, 128, 8, 2, None),
     "all_gather": ({"fsdp": 2, "context": 2, "tensor": 2}, 512, 2, 2, None),
-    "all_gather of a row": ({"fsdp": 4, "context": 2}, 512, 2, 1, None),
+    "all_gather, splash, of a row": ({"fsdp": 4, "context": 2}, 512, 2, 1, None),
     "halo": ({"fsdp": 4, "context": 2}, 256, 2, 1, 100),
+    "halo, banded": ({"fsdp": 2, "context": 4}, 32, 2, 1, 6),
+    "halo, dense": ({"fsdp": 2, "context": 4}, 32, 2, 2, 9),
+    "halo, dense, of one": ({"fsdp": 4, "context": 2}, 32, 2, 2, 1),
 }
 
 
-def splash_distances(devices: list[jax.Device], name: str) -> dict[str, float]:
-    """Distances of the interpreted TPU kernel on a mesh from dense attention on one device: value, then gradients."""
-    mesh_sizes, tokens, heads, kv_heads, window = SPLASH[name]
-    way = name.split(" ")[0]
+def attention_distances(devices: list[jax.Device], name: str) -> dict[str, float]:
+    """Distances of attention on a mesh (the interpreted TPU kernel if the name says nothing else) from dense attention
+    on one device: value, then gradients."""
+    mesh_sizes, tokens, heads, kv_heads, window = ATTENTION[name]
+    way, *by = name.split(", ")
     model = dataclasses.replace(
-        tiny(False).model, attention="splash", context_attention=way, sliding_window=window, head_dim=128
+        tiny(False).model,
+        attention=by[0] if by else "splash",
+        context_attention=way,
+        sliding_window=window,
+        head_dim=128,
     )
     rows = 2 * mesh_sizes["fsdp"] if name == "all_gather" else mesh_sizes["fsdp"]
     q, k, v, do = (
@@ -166,8 +174,8 @@ def main() -> None:
             one, many = ones[changes.get("sliding_window")], take_step(tiny(ttt, **changes), devices)
             result[f"{kind} {name}"] = {leaf: distance(one[leaf], many[leaf]) for leaf in one}
     texts = {kind: lowerings(tiny(kind == "ttt", data=2, fsdp=2, tensor=2), devices) for kind in ("ttt", "dense")}
-    splash = {f"{case} {name}": d for case in SPLASH for name, d in splash_distances(devices, case).items()}
-    print(json.dumps({"distances": result, "lowerings": texts, "splash": splash}))
+    attention = {f"{case} {name}": d for case in ATTENTION for name, d in attention_distances(devices, case).items()}
+    print(json.dumps({"distances": result, "lowerings": texts, "attention": attention}))
 
 
 if __name__ == "__main__":

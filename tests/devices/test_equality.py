@@ -21,7 +21,7 @@ def test_eight_devices_compute_what_one_computes_and_the_planner_lowers_it() -> 
                 too_far[f"{case} {name}"] = value
     assert not too_far
 
-    assert all(value < 1e-5 for value in found["splash"].values()), found["splash"]
+    assert all(value < 1e-5 for value in found["attention"].values()), found["attention"]
 
     for planned, trained in found["lowerings"].values():
         assert planned == trained, "the planner lowers another step than training"
