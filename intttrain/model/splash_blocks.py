@@ -44,7 +44,7 @@ _LONG: Mapping[str, Blocks] = types.MappingProxyType(
         "TPU v5 lite": Blocks(Tile(1024, 2048, 512), Tile(2048, 4096, 1024)),  # v5e: .84, .98
         # Of these .5 is the best: a head dim of 128 fills half of their matrix unit.
         "TPU v6 lite": Blocks(Tile(1024, 4096, 512), Tile(2048, 4096, 1024)),  # v6e: .29, .44
-        "TPU7x": Blocks(Tile(2048, 4096, 512), Tile(1024, 4096, 512)),  # .30, .43
+        "TPU7x": Blocks(Tile(1024, 4096, 512), Tile(1024, 4096, 512)),  # .29, .43
     }
 )
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 
+from intttrain.core.compiler import compiler_options
 from intttrain.core.config import MeshConfig, default_config, resolve
 from intttrain.core.mesh import make_mesh
 from intttrain.core.sharding import partition_spec, using_mesh
@@ -61,3 +62,26 @@ def test_a_window_exchanges_a_halo():
     assert set(calls) == {"fwd", "dkv", "dq"} and "collective-permute" in text
     assert "all-gather" not in text and "all-to-all" not in text
     assert calls["fwd"].computed * calls["fwd"].blocks.q * calls["fwd"].blocks.kv < T // 4 * T // 2
+
+
+@pytest.mark.parametrize("chip", ["v5p:2x2x1", "tpu7x:2x2x1"])  # those with half as much as v5e and v6e
+def test_blocks_of_long_rows_fit_into_on_chip_memory(chip):
+    devices = topology(chip).devices[:1]
+    model = dataclasses.replace(
+        resolve(default_config()).model, num_heads=1, num_kv_heads=1, head_dim=128, attention="splash", ttt=None
+    )
+    mesh = make_mesh(MeshConfig(fsdp=1), devices)
+
+    def gradients(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> object:
+        with using_mesh(mesh):
+            loss = lambda q, k, v: jnp.sum(attend(model, q, k, v, ids).astype(jnp.float32))  # noqa: E731
+            return jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
+
+    rows = jax.ShapeDtypeStruct((1, 32768, 1, 128), jnp.bfloat16)
+    ids = jax.ShapeDtypeStruct((1, 32768), jnp.int32)
+    step = jax.jit(
+        gradients, in_shardings=NamedSharding(mesh, partition_spec(())), compiler_options=compiler_options(devices[0])
+    )
+    text = step.lower(rows, rows, rows, ids).compile().as_text()
+    backward = [read_call(at) for at in parse_module(text).instructions() if is_kernel(at)]
+    assert {call.kind: call.blocks.kv for call in backward if call is not None}["bwd"] == 4096
