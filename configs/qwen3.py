@@ -30,6 +30,7 @@ Predicted, "-" where there is no plan yet; "A / B" is with TTT / dense:
     | 14b_128k    | v5p:4x4x4   | fsdp 16 x context 4  | 16 x 131072   | 54.4 / -    | 31.12 * / -    |
     | 4b_128k     | v5e:16x16   | fsdp 16 x context 16 | 16 x 131072   | 8.2 / 7.3   | 11.85 * / 11.55 * |
     | 4b_128k     | v6e:16x16   | fsdp 16 x context 16 | 16 x 131072   | 8.4 / 7.0   | 6.84 * / 6.70 * |
+    | 4b_128k     | tpu7x:4x4x4 | fsdp 16 x context 8  | 16 x 131072   | - / -       | - / -          |
 
 Other topologies and lengths: `docs/configs.md`.
 """

@@ -79,7 +79,7 @@ CASES = (
     Case("chunk_smaller_than_taps", MIXED, chunk_tokens=2),
     Case("one_chunk", MIXED, carried=(1, 1, 5), chunk_tokens=16),
     Case("gates_mixed", MIXED, shut=(0, 2)),
-    Case("gates_shut", MIXED, carried=(1, 1, 5), shut=(0, 1, 2, 3)),
+    Case("gates_shut", MIXED, carried=(1, 1, 1), shut=(0, 1, 2, 3)),
     Case("clip", MIXED, transform=ttt.DeltaTransform(clip=4.0)),
     Case("clip_and_spectral", MIXED, transform=ttt.DeltaTransform(clip=6.0, spectral=4.0)),
     Case("row_norm_and_clip", MIXED, (1, 1, 1), transform=ttt.DeltaTransform(clip=4.0, preserve_row_norm=True)),
