@@ -22,7 +22,7 @@ Predicted, "-" where there is no plan yet; "A / B" is with TTT / dense:
     | variant     | topology    | mesh                 | rows x tokens | peak GiB    | step s         |
     |-------------|-------------|----------------------|---------------|-------------|----------------|
     | 4b_8k       | v5p:4x4x4   | fsdp 64              | 256 x 8192    | 43.6 / 41.4 | 3.74 / 3.62    |
-    | 4b_32k      | v5p:4x4x4   | fsdp 64              | 64 x 32768    | 25.2 / 22.6 | 6.78 * / 6.59 * |
+    | 4b_32k      | v5p:4x4x4   | fsdp 64              | 64 x 32768    | 26.7 / 22.6 | 6.27 / 6.59 *  |
     | 8b_32k      | v5p:4x4x4   | fsdp 64              | 64 x 32768    | 36.4 / -    | 9.29 * / -     |
     | 14b_32k     | v5p:4x4x4   | fsdp 64              | 64 x 32768    | 54.0 / -    | 15.16 * / -    |
     | 4b_128k     | v5p:4x4x4   | fsdp 16 x context 4  | 16 x 131072   | 33.3 / 30.1 | 15.54 / 15.32  |
@@ -30,7 +30,7 @@ Predicted, "-" where there is no plan yet; "A / B" is with TTT / dense:
     | 14b_128k    | v5p:4x4x4   | fsdp 16 x context 4  | 16 x 131072   | 54.4 / -    | 31.12 * / -    |
     | 4b_128k     | v5e:16x16   | fsdp 16 x context 16 | 16 x 131072   | 8.2 / 7.3   | 11.85 * / 11.55 * |
     | 4b_128k     | v6e:16x16   | fsdp 16 x context 16 | 16 x 131072   | 8.4 / 7.0   | 6.84 * / 6.70 * |
-    | 4b_128k     | tpu7x:4x4x4 | fsdp 16 x context 8  | 16 x 131072   | - / -       | - / -          |
+    | 4b_128k     | tpu7x:4x4x4 | fsdp 16 x context 8  | 16 x 131072   | 15.2 / -    | 6.80 / -       |
 
 Other topologies and lengths: `docs/configs.md`.
 """
