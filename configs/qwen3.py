@@ -28,7 +28,7 @@ Predicted, "-" where there is no plan yet; "A / B" is with TTT / dense:
     | 4b_128k     | v5p:4x4x4   | fsdp 16 x context 4  | 16 x 131072   | 33.3 / 30.1 | 15.54 / 15.32  |
     | 8b_128k     | v5p:4x4x4   | fsdp 16 x context 4  | 16 x 131072   | 34.5 / -    | 20.58 * / -    |
     | 14b_128k    | v5p:4x4x4   | fsdp 16 x context 4  | 16 x 131072   | 54.4 / -    | 31.12 * / -    |
-    | 4b_128k     | v5e:16x16   | fsdp 16 x context 16 | 16 x 131072   | 8.2 / 7.3   | 11.85 * / 11.55 * |
+    | 4b_128k     | v5e:16x16   | fsdp 16 x context 16 | 16 x 131072   | 8.8 / 7.3   | 9.94 / 11.55 * |
     | 4b_128k     | v6e:16x16   | fsdp 16 x context 16 | 16 x 131072   | 8.4 / 7.0   | 6.84 * / 6.70 * |
     | 4b_128k     | tpu7x:4x4x4 | fsdp 16 x context 8  | 16 x 131072   | 15.2 / -    | 6.80 / -       |
 
