@@ -79,8 +79,7 @@ def check_row_order(model: ModelConfig, name: str, seq_len: int, context: int, t
     if way == "all_to_all" and model.num_heads % (context * tensor):
         raise UserError(
             f"{forced}: mesh.context={context} x mesh.tensor={tensor} does not divide model.num_heads="
-            f"{model.num_heads}; use 'all_gather', or mesh.context="
-            f"{' or '.join(map(str, nearest_divisors(model.num_heads // tensor, context)))}"
+            f"{model.num_heads}; use 'all_gather', or mesh.context={_choices(model.num_heads // tensor, context)}"
         )
     if way == "halo" and (model.sliding_window is None or model.sliding_window - 1 > seq_len // context):
         raise UserError(

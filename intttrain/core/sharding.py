@@ -204,6 +204,7 @@ def _nearest_multiples(rows: int, pieces: int) -> list[int]:
     return sorted({max(1, rows // pieces) * pieces, -(-rows // pieces) * pieces})
 
 
-def pieces_of(mesh: Mesh, name: str) -> int:
-    """Returns into how many pieces ``mesh`` cuts the dims of this logical name."""
-    return math.prod(mesh.shape[axis] for axis in RULES[name])
+def pieces_of(mesh: Mesh | None, name: str | None) -> int:
+    """Returns into how many pieces ``mesh`` (default: the one in use) cuts the dims of this logical name."""
+    size = axis_size if mesh is None else mesh.shape.__getitem__
+    return 1 if name is None else math.prod(map(size, RULES[name]))

@@ -27,12 +27,21 @@ from jaxtyping import Array, Float, Int
 from intttrain.core.config import ModelConfig
 from intttrain.core.errors import UserError
 from intttrain.core.row_order import Ranges, context_way, halo_tokens, is_balanced, stored_ranges, stored_units
-from intttrain.core.sharding import RULES, Axes, axis_size, constrain, per_device, platform, position_on
+from intttrain.core.sharding import (
+    Axes,
+    axis_size,
+    constrain,
+    gather_pieces,
+    per_device,
+    pieces_of,
+    platform,
+    position_on,
+)
 from intttrain.model.attention import banded_attention, dense_attention, visible_keys
 from intttrain.model.splash import attend_rows, make_kernel, supports
+from intttrain.ttt.layout import NO_DOCUMENT
 
 AXIS = "context"
-NO_DOCUMENT = -1  # segment id of keys that nobody sees
 # (keys, values, their segment ids) of a device -> those that its queries meet
 Bring = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, ...]]
 
@@ -116,14 +125,9 @@ def _cut(config: ModelConfig, seq_len: int) -> Cut:
 
 def _copy_heads(x_BTKH: jax.Array) -> jax.Array:
     """Returns as many key/value heads as every device that shares a row can have some of."""
-    kv_heads, devices = x_BTKH.shape[2], _pieces("spread_heads")
+    kv_heads, devices = x_BTKH.shape[2], pieces_of(None, "spread_heads")
     copies = math.lcm(kv_heads, devices) // kv_heads
     return x_BTKH if copies == 1 else jnp.repeat(x_BTKH, copies, axis=2)
-
-
-def _pieces(name: str | None) -> int:
-    """Returns into how many pieces a dim of this logical name is cut."""
-    return 1 if name is None else math.prod(map(axis_size, RULES[name]))
 
 
 def _gather_rows(ranges: Ranges, k_bkth: jax.Array, v_bkth: jax.Array, ids_bt: jax.Array) -> tuple[jax.Array, ...]:
@@ -131,8 +135,7 @@ def _gather_rows(ranges: Ranges, k_bkth: jax.Array, v_bkth: jax.Array, ids_bt: j
     in_order = sorted(range(len(ranges)), key=lambda piece: ranges[piece])
 
     def gather(x: jax.Array, dim: int) -> jax.Array:
-        stored = jax.lax.all_gather(x, AXIS, axis=dim, tiled=True)
-        pieces = jnp.split(stored, len(ranges), axis=dim)
+        pieces = jnp.split(gather_pieces(x, "tokens", dim), len(ranges), axis=dim)
         return jnp.concatenate([pieces[piece] for piece in in_order], axis=dim)
 
     return gather(k_bkth, 2), gather(v_bkth, 2), gather(ids_bt, 1)
@@ -151,7 +154,7 @@ def _put_halo_before(halo: int, k_bkth: jax.Array, v_bkth: jax.Array, ids_bt: ja
     def extend(x: jax.Array, dim: int) -> jax.Array:
         return jnp.concatenate([receive(x, dim), x], axis=dim)
 
-    halo_ids = jnp.where(jax.lax.axis_index(AXIS) == 0, NO_DOCUMENT, receive(ids_bt, 1))
+    halo_ids = jnp.where(position_on(AXIS) == 0, NO_DOCUMENT, receive(ids_bt, 1))
     return extend(k_bkth, 2), extend(v_bkth, 2), jnp.concatenate([halo_ids, ids_bt], axis=1)
 
 
@@ -166,8 +169,8 @@ def _takes_splash(config: ModelConfig, cut: Cut) -> bool:
 
 def _make_kernel(config: ModelConfig, cut: Cut, q_shape: tuple[int, ...], kv_shape: tuple[int, ...]) -> tuple[Any, Any]:
     """Returns the kernel of a device, an array tree that differs over shards, and the logical names of its arrays."""
-    rows, heads = (size // _pieces(name) for size, name in zip(q_shape[:2], cut.q_axes[:2], strict=True))
-    groups = heads // (kv_shape[1] // _pieces(cut.kv_axes[1]))
+    rows, heads = (size // pieces_of(None, name) for size, name in zip(q_shape[:2], cut.q_axes[:2], strict=True))
+    groups = heads // (kv_shape[1] // pieces_of(None, cut.kv_axes[1]))
     kernel = make_kernel(
         cut.positions_nt, cut.piece, cut.keys, config.sliding_window, heads if rows > 1 else groups,
         one_kv_head=rows == 1, interpret=platform() != "tpu",

@@ -25,7 +25,15 @@ import numpy as np
 
 from intttrain.core.hardware import Chip
 from intttrain.planner.hlo import Instruction
-from intttrain.planner.kernels import KernelCost, KernelModel, is_kernel, kernel_name, kernel_settings, operand_shapes
+from intttrain.planner.kernels import (
+    KernelCost,
+    KernelModel,
+    is_kernel,
+    kernel_name,
+    kernel_settings,
+    nearest_sizes,
+    operand_shapes,
+)
 
 _NAME = re.compile(r"splash_m[hq]a_(fwd|dkv|dq)(_segmented)?_(no_)?residuals$")
 
@@ -233,7 +241,7 @@ def _efficiency(chip: Chip, call: AttentionCall) -> tuple[float, str]:
     """Efficiency of the nearest measured blocks, and how it came about."""
     source = chip.name if chip.name in EFFICIENCY else _NEAREST.get(chip.name, "v5p")
     table = EFFICIENCY[source][call.kind]
-    nearest = min(table, key=lambda b: sum(abs(math.log(x / y)) for x, y in zip(b, call.blocks, strict=True)))
+    nearest = nearest_sizes(table, call.blocks)
     exact = nearest == call.blocks and source == chip.name
     how = "profiled" if exact else f"assumed as on {source} with blocks {'/'.join(map(str, nearest))}"
     return table[nearest], how

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 from intttrain.planner.hlo import Instruction
 from intttrain.planner.shapes import Shape, parse_shape, split_top_level
+
+Sizes = TypeVar("Sizes", bound=tuple[int, ...])
 
 _SUFFIX = re.compile(r"(\.(\d+|clone|remat\d*))+$")
 
@@ -77,6 +80,11 @@ def kernel_settings(instruction: Instruction) -> dict[str, Any]:
 def operand_shapes(instruction: Instruction) -> list[Shape]:
     """The shapes of a kernel's operands on one device."""
     return [parse_shape(text) for text in split_top_level(instruction.attributes["operand_layout_constraints"][1:-1])]
+
+
+def nearest_sizes(measured: Iterable[Sizes], wanted: Sizes) -> Sizes:
+    """Returns the measured sizes whose ratios to the wanted ones are the smallest."""
+    return min(measured, key=lambda sizes: sum(abs(math.log(x / y)) for x, y in zip(sizes, wanted, strict=True)))
 
 
 def stated_kernel_cost(

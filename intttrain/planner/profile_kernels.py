@@ -35,7 +35,7 @@ TOPOLOGY = {"v4": "v4:2x2x1", "v5p": "v5p:2x2x1", "v5e": "v5e:2x2", "v6e": "v6e:
 _DOTS = {"fwd": 2, "bwd": 5, "dkv": 4, "dq": 3}
 _BLOCKS = ("256", "512", "1024", "2048", "1024/2048/512")
 _HEADS, _DEPTH = 2, 128  # one key head for each core of a device
-ESTIMATE = re.compile(r'hlo_op_name: "(\S+)"\s+estimated_cycles: (\d+)')
+_ESTIMATE = re.compile(r'hlo_op_name: "(\S+)"\s+estimated_cycles: (\d+)')
 
 
 def read_blocks(text: str) -> tuple[int, int, int]:
@@ -88,18 +88,26 @@ def compile_kernel(chip: str, kind: str, blocks: tuple[int, int, int], tokens: i
     step.lower(q, k, k, segment_ids, q).compile()
 
 
-def core_cycles(chip: str, kind: str, blocks: tuple[int, int, int], tokens: int, *, skipped: bool) -> float | None:
-    """Cycles of one TensorCore per head; None if it cannot be compiled or profiled (e.g. too little on-chip memory)."""
+def static_profile(module: str, arguments: list[str]) -> dict[str, int]:
+    """Runs ``module``, which compiles one kernel, in a process of its own; returns estimated cycles by name."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(
             ["env", f"LIBTPU_INIT_ARGS=--xla_jf_dump_static_llo_profile_to={folder}", "JAX_PLATFORMS=cpu"]
-            + [sys.executable, "-m", "intttrain.planner.profile_kernels", f"--chip={chip}", f"--kernels={kind}"]
-            + ["--blocks=" + "/".join(map(str, blocks)), f"--compile-only={tokens}"] + ["--skipped"] * skipped,
+            + [sys.executable, "-m", module, *arguments],
             capture_output=True, check=False,
         )  # fmt: skip
-        found = dict(ESTIMATE.findall("".join(path.read_text() for path in Path(folder).glob("*.textproto"))))
+        found = _ESTIMATE.findall("".join(path.read_text() for path in Path(folder).glob("*.textproto")))
+    return {name: int(cycles) for name, cycles in found}
+
+
+def core_cycles(chip: str, kind: str, blocks: tuple[int, int, int], tokens: int, *, skipped: bool) -> float | None:
+    """Cycles of one TensorCore per head; None if it cannot be compiled or profiled (e.g. too little on-chip memory)."""
+    arguments = [f"--chip={chip}", f"--kernels={kind}", "--blocks=" + "/".join(map(str, blocks))]
+    found = static_profile(
+        "intttrain.planner.profile_kernels", [*arguments, f"--compile-only={tokens}"] + ["--skipped"] * skipped
+    )
     wanted = "_dkv_" if kind == "bwd" else f"_{kind}_"
-    cycles = [int(n) for name, n in found.items() if wanted in name]
+    cycles = [n for name, n in found.items() if wanted in name]
     figures = hardware.CHIPS[chip]
     return cycles[0] * (figures.tensor_cores // figures.devices) / _HEADS if cycles else None
 

@@ -11,11 +11,8 @@ begins, and waiting for main memory, which does not limit any of these.
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,7 +21,7 @@ from jax.experimental import topologies
 
 from intttrain.core import hardware
 from intttrain.core.compiler import compiler_options
-from intttrain.planner.profile_kernels import ESTIMATE, TOPOLOGY
+from intttrain.planner.profile_kernels import TOPOLOGY, static_profile
 from intttrain.planner.scan_cost import FLOPS
 from intttrain.ttt import kernel
 from intttrain.ttt.kernel_blocks import Kernels, fitting
@@ -79,16 +76,10 @@ def compile_scan(chip: str, kind: str, chunk_tokens: int, shape: tuple[int, int]
 
 def device_cycles(chip: str, kind: str, chunk_tokens: int, shape: tuple[int, int], *, per_chunk: bool) -> float | None:
     """Cycles of one device per chunk; None if there is no profile."""
-    with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(
-            ["env", f"LIBTPU_INIT_ARGS=--xla_jf_dump_static_llo_profile_to={folder}", "JAX_PLATFORMS=cpu"]
-            + [sys.executable, "-m", "intttrain.planner.profile_scans", f"--chip={chip}", f"--kernels={kind}"]
-            + [f"--shape={shape[0]}x{shape[1]}", f"--chunk-tokens={chunk_tokens}", "--compile-only"]
-            + ["--per-chunk"] * per_chunk,
-            capture_output=True, check=False,
-        )  # fmt: skip
-        found = dict(ESTIMATE.findall("".join(path.read_text() for path in Path(folder).glob("*.textproto"))))
-    cycles = [int(n) for name, n in found.items() if f"ttt_{kind}" in name]
+    arguments = [f"--chip={chip}", f"--kernels={kind}", f"--shape={shape[0]}x{shape[1]}"]
+    arguments += [f"--chunk-tokens={chunk_tokens}", "--compile-only"] + ["--per-chunk"] * per_chunk
+    found = static_profile("intttrain.planner.profile_scans", arguments)
+    cycles = [n for name, n in found.items() if f"ttt_{kind}" in name]
     return sum(cycles) / _CHUNKS if cycles else None
 
 

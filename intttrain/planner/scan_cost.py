@@ -5,14 +5,21 @@ All chunks count as whole ones, as everywhere in plans: those in which documents
 
 from __future__ import annotations
 
-import math
 import re
 import types
 from collections.abc import Mapping
 
 from intttrain.core.hardware import Chip
 from intttrain.planner.hlo import Instruction
-from intttrain.planner.kernels import KernelCost, KernelModel, is_kernel, kernel_name, operand_shapes, stated_cost
+from intttrain.planner.kernels import (
+    KernelCost,
+    KernelModel,
+    is_kernel,
+    kernel_name,
+    nearest_sizes,
+    operand_shapes,
+    stated_cost,
+)
 
 _NAME = re.compile(r"ttt_(forward|prefix|suffix)$")
 
@@ -34,7 +41,7 @@ def _efficiency(chip: Chip, kind: str, shape: tuple[int, int]) -> tuple[float, s
     """Efficiency of the nearest measured shape, and how it came about."""
     source = chip.name if chip.name in EFFICIENCY else "v5p"
     table = EFFICIENCY[source][kind]
-    nearest = min(table, key=lambda measured: sum(abs(math.log(x / y)) for x, y in zip(measured, shape, strict=True)))
+    nearest = nearest_sizes(table, shape)
     exact = nearest == shape and source == chip.name
     return table[nearest], "profiled" if exact else f"assumed as on {source} with {nearest[0]} x {nearest[1]}"
 

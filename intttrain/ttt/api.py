@@ -112,7 +112,7 @@ def fast_weight_projection(
     v_BMCD = v_BTD.reshape(rows, chunks, chunk_tokens, -1)
     shape = (w_down_DF.shape[0], d_ff)
     kernels = _kernels(implementation, transform, chunk_tokens, shape, z_BTF.dtype.itemsize)
-    options = Options(transform, gradient_dtype, kernels, 2 if balanced else 1)
+    options = Options(transform, gradient_dtype, kernels, 2 if balanced and shards > 1 else 1)
     with jax.named_scope("ttt_scan"):
         s_in_BDF = None if state is None else constrain(state.s_BDF, "batch", "width", "mlp")
         read, s_end_BDF = scan_rows(options, z_BMCF, v_BMCD, w_down_DF, layout, gates_BM, eta, s_in_BDF)

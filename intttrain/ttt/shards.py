@@ -52,7 +52,7 @@ class Options(NamedTuple):
       transform: bounds on updates.
       gradient_dtype: in which the gradient of W0 is summed over devices.
       kernels: that run the scans; ``None`` for XLA.
-      stretches: P.
+      stretches: P, 1 where no context axis cuts the rows.
     """
 
     transform: DeltaTransform
@@ -219,10 +219,9 @@ def _kept(rows: Chunks) -> Array:
 def _shaped_as(batch: Chunks, options: Options, tree: Any) -> Any:
     """Returns the leaves, R and chunks in front, with the B and M of the batch in front."""
     rows, chunks = batch.keep_M.shape
-    stretches = options.stretches if axis_size(AXIS) > 1 else 1
 
     def join(x: Array) -> Array:
-        by_row = jnp.swapaxes(x.reshape(stretches, rows, -1, *x.shape[2:]), 0, 1)
+        by_row = jnp.swapaxes(x.reshape(options.stretches, rows, -1, *x.shape[2:]), 0, 1)
         return by_row.reshape(rows, chunks, *x.shape[2:])
 
     return jax.tree.map(join, tree)
