@@ -160,6 +160,8 @@ def _backward(
                 def layer_step(state: Tree, inputs: Tree, room: _Kept = room) -> tuple[Tree, Tree]:
                     dcarry, dshared = state
                     layer, ttt, at = inputs
+                    # Nothing of this layer is computed again, and held, while the layers after it still run.
+                    dcarry, ttt, at = jax.lax.optimization_barrier((dcarry, ttt, at))
                     dcarry, more, dlayer, dttt = room.take(shared, layer, ttt, at)(dcarry)
                     return (dcarry, _add(dshared, more)), (dlayer, dttt)
 
