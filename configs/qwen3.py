@@ -21,16 +21,16 @@ Predicted, "-" where there is no plan yet; "A / B" is with TTT / dense:
 
     | variant     | topology    | mesh                 | rows x tokens | peak GiB    | step s         |
     |-------------|-------------|----------------------|---------------|-------------|----------------|
-    | 4b_8k       | v5p:4x4x4   | fsdp 64              | 256 x 8192    | 43.6 / 41.4 | 3.74 / 3.62    |
-    | 4b_32k      | v5p:4x4x4   | fsdp 64              | 64 x 32768    | 26.7 / 22.6 | 6.27 / 6.59 *  |
+    | 4b_8k       | v5p:4x4x4   | fsdp 64              | 256 x 8192    | 42.1 / 41.4 | 3.74 / 3.62    |
+    | 4b_32k      | v5p:4x4x4   | fsdp 64              | 64 x 32768    | 24.7 / 24.1 | 6.27 / 6.11    |
     | 8b_32k      | v5p:4x4x4   | fsdp 64              | 64 x 32768    | 36.4 / -    | 9.29 * / -     |
     | 14b_32k     | v5p:4x4x4   | fsdp 64              | 64 x 32768    | 54.0 / -    | 15.16 * / -    |
-    | 4b_128k     | v5p:4x4x4   | fsdp 16 x context 4  | 16 x 131072   | 33.3 / 30.1 | 15.54 / 15.32  |
+    | 4b_128k     | v5p:4x4x4   | fsdp 16 x context 4  | 16 x 131072   | 31.4 / 30.1 | 15.54 / 15.32  |
     | 8b_128k     | v5p:4x4x4   | fsdp 16 x context 4  | 16 x 131072   | 34.5 / -    | 20.58 * / -    |
     | 14b_128k    | v5p:4x4x4   | fsdp 16 x context 4  | 16 x 131072   | 54.4 / -    | 31.12 * / -    |
-    | 4b_128k     | v5e:16x16   | fsdp 16 x context 16 | 16 x 131072   | 8.8 / 7.3   | 9.94 / 11.55 * |
-    | 4b_128k     | v6e:16x16   | fsdp 16 x context 16 | 16 x 131072   | 8.4 / 7.0   | 6.84 * / 6.70 * |
-    | 4b_128k     | tpu7x:4x4x4 | fsdp 16 x context 8  | 16 x 131072   | 15.2 / -    | 6.80 / -       |
+    | 4b_128k     | v5e:16x16   | fsdp 16 x context 16 | 16 x 131072   | 8.8 / 8.0   | 9.94 / 9.65    |
+    | 4b_128k     | v6e:16x16   | fsdp 16 x context 16 | 16 x 131072   | 10.2 / 8.8  | 5.27 / 5.13    |
+    | 4b_128k     | tpu7x:4x4x4 | fsdp 16 x context 8  | 16 x 131072   | 15.2 / 14.5 | 6.80 / 6.71    |
 
 Other topologies and lengths: `docs/configs.md`.
 """
