@@ -39,6 +39,11 @@ def _from_first(text: str) -> str:
     return received.tobytes().rstrip(b"\0").decode(errors="replace")
 
 
+def decided_by_first(flags_N: np.ndarray) -> np.ndarray:
+    """Returns the array that process 0 brings; every process brings one of the same shape and dtype."""
+    return flags_N if process_count() == 1 else np.asarray(multihost_utils.broadcast_one_to_all(flags_N))
+
+
 def largest(value: int) -> int:
     """Returns the largest of the values that the processes bring."""
     if process_count() == 1:

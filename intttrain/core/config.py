@@ -22,21 +22,22 @@ from ml_collections import config_dict
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from intttrain.core.config_eval import EvalConfig
 from intttrain.core.config_problems import explain_problem
+from intttrain.core.config_types import (
+    STRICT,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Switch,
+)
 from intttrain.core.dotted import flatten, unflatten
 from intttrain.core.errors import UserError, did_you_mean, nearest_divisors
 
-PositiveInt = Annotated[int, Field(gt=0, strict=True)]
-NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
-PositiveFloat = Annotated[float, Field(gt=0, strict=True)]
-NonNegativeFloat = Annotated[float, Field(ge=0, strict=True)]
-Fraction = Annotated[float, Field(ge=0, le=1, strict=True)]
-Switch = Annotated[bool, Field(strict=True)]
 
-_STRICT = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class TTTConfig:
     """In-Place TTT: which MLP blocks carry a fast weight and how it moves (``docs/method.md``)."""
 
@@ -51,7 +52,7 @@ class TTTConfig:
     implementation: Literal["auto", "chunked", "pallas", "reference"] = "auto"
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class Llama3Scaling:
     """RoPE scaling of Llama 3.1 (long wavelengths divided by ``factor``, smooth in between)."""
 
@@ -62,7 +63,7 @@ class Llama3Scaling:
     original_max_position: PositiveInt
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class YarnScaling:
     """YaRN (arXiv 2309.00071): per-frequency interpolation and an attention temperature."""
 
@@ -73,7 +74,7 @@ class YarnScaling:
     beta_slow: PositiveFloat = 1.0
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class RopeConfig:
     """Rotary position embedding, rotating halves as Hugging Face does."""
 
@@ -81,7 +82,7 @@ class RopeConfig:
     scaling: Annotated[Llama3Scaling | YarnScaling, Field(discriminator="kind")] | None = None
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class ModelConfig:
     """A Qwen3- or Llama-style decoder; ``family`` decides the per-head q/k RMSNorm and the exported names."""
 
@@ -107,7 +108,7 @@ class ModelConfig:
     loss_chunk_tokens: PositiveInt = 512  # positions whose logits exist at the same time
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class TokenizerConfig:
     """How text becomes ids. ``byte`` needs no file: ids 0-255 are bytes, 256 ends a document."""
 
@@ -116,7 +117,7 @@ class TokenizerConfig:
     end_of_document: str | None = None  # the piece appended to every document (not for ``byte``)
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class TextSource:
     """Files, or directories searched recursively for the patterns; one file is one document."""
 
@@ -127,7 +128,7 @@ class TextSource:
     max_bytes: PositiveInt | None = None  # stop after this much text (documents in sorted order)
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class SeqioSource:
     """A registered SeqIO task or mixture; its own vocabulary is replaced by ``prepare.tokenizer``."""
 
@@ -138,7 +139,7 @@ class SeqioSource:
     text_feature: str = "text"
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class TfdsSource:
     """A TensorFlow Datasets builder already prepared below ``data_dir``."""
 
@@ -149,7 +150,7 @@ class TfdsSource:
     text_feature: str = "text"
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class PrepareConfig:
     """What ``intttrain prepare`` reads: text -> OUTPUT/train and OUTPUT/heldout token stores."""
 
@@ -159,7 +160,7 @@ class PrepareConfig:
     seed: NonNegativeInt = 0
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class MixtureItem:
     """One token store of the training mixture."""
 
@@ -167,7 +168,7 @@ class MixtureItem:
     weight: PositiveFloat = 1.0
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class DataConfig:
     """Rows for training and held-out evaluation."""
 
@@ -179,7 +180,7 @@ class DataConfig:
     prefetch_rows: PositiveInt = 16  # rows read ahead on the host
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class AdamWConfig:
     """AdamW with decoupled weight decay (none on norms)."""
 
@@ -190,7 +191,7 @@ class AdamWConfig:
     clip_norm: PositiveFloat = 1.0  # global gradient norm
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class ScheduleConfig:
     """Linear warm-up, then cosine to ``final_fraction`` or constant with a linear decay at the end (WSD)."""
 
@@ -201,7 +202,7 @@ class ScheduleConfig:
     final_fraction: Fraction = 0.1
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class CheckpointConfig:
     """When to save and what to keep. The last step and an interruption always save."""
 
@@ -219,7 +220,7 @@ STAGE_KEYS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class StageConfig:
     """A part of a run with values of its own, for example rows of another length."""
 
@@ -227,7 +228,7 @@ class StageConfig:
     overrides: dict[str, Any] = dataclasses.field(hash=False)  # dotted key (one of STAGE_KEYS) -> value
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class TrainConfig:
     """One training run."""
 
@@ -237,12 +238,13 @@ class TrainConfig:
     optimizer: AdamWConfig
     checkpoint: CheckpointConfig
     microbatches: PositiveInt = 1  # gradient accumulation: the batch is cut into this many pieces
+    gate_rate: Fraction = 1.0  # share of chunks that fast weights learn from, drawn for every row and step; 1 = all
     log_every_steps: PositiveInt = 10
     seed: NonNegativeInt = 0
     stages: tuple[StageConfig, ...] = ()  # in order, the last until num_steps; () = the run is one
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class MeshConfig:
     """How devices are arranged: the product of the four axes is their number (``docs/sharding.md``)."""
 
@@ -253,20 +255,7 @@ class MeshConfig:
     slices: PositiveInt = 1  # TPU slices, joined by the data-center network; divides data
 
 
-@dataclass(frozen=True, config=_STRICT)
-class EvalConfig:
-    """Held-out loss by position in the document."""
-
-    seq_len: PositiveInt  # tokens read of each document
-    documents: PositiveInt  # at most this many held-out documents
-    min_document_tokens: PositiveInt  # shorter ones are left out
-    position_edges: tuple[PositiveInt, ...]  # right edges of the position buckets, increasing
-    batch_rows: PositiveInt = 8
-    bootstrap_samples: PositiveInt = 1000
-    seed: NonNegativeInt = 0
-
-
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class Config:
     """Everything a command may need; sections that a command does not use are still checked."""
 
@@ -378,6 +367,11 @@ def check_consistent(config: Config) -> None:
     _check_model(config.model)
     if config.model.ttt is not None:
         _check_ttt(config, config.model.ttt)
+    elif config.train.gate_rate < 1.0:
+        raise UserError(
+            f"train.gate_rate={config.train.gate_rate} needs model.ttt, which is None: no update can be left out; "
+            "use 1.0"
+        )
     _check_train(config)
     if config.train.stages:
         _check_stages(config)
@@ -389,6 +383,11 @@ def check_consistent(config: Config) -> None:
         )
     if config.eval.min_document_tokens < 2:
         raise UserError("eval.min_document_tokens=1 leaves no token to predict; use 2 or more")
+    if config.eval.every_steps is not None and config.data.heldout is None:
+        raise UserError(
+            f"eval.every_steps={config.eval.every_steps} needs data.heldout, which is None; name the held-out token "
+            "store, or set eval.every_steps to None"
+        )
 
 
 def _check_model(model: ModelConfig) -> None:

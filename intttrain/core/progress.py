@@ -28,6 +28,21 @@ class Stream(Protocol):
         """Shows what was written."""
 
 
+class LineStream:
+    """A stream that hands what ``print`` writes to ``report``, without the line ends."""
+
+    def __init__(self, report: Callable[[str], None]) -> None:
+        self._report = report
+
+    def write(self, text: str, /) -> None:
+        """Passes one line on."""
+        if text.strip():
+            self._report(text)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+
 class StepTimer:
     """Seconds per step as a moving average that leaves compilation out.
 

@@ -1,184 +1,293 @@
-"""Whole-model decoding: one token per row and step, with every layer's state in one pytree.
+"""Whole-model reading, a few tokens of every row at a time, with all state in one pytree.
 
-Prompts go through the same step as generated tokens, so rows of different lengths need no padding and
-prefill + decode equals one full forward by construction.
+One function serves prompts (pieces of many tokens), generation (one token) and documents too long for one forward
+pass. Rows are at different places, and prefill + decode equals one full forward.
 
-Letters: B row, S cached keys, L layers, n TTT layers, K key/value heads, H head dim, D model width, V vocabulary.
+Letters: B row, T tokens of a document, P tokens of a piece, M pieces, n TTT layers, D model width, V vocabulary.
 """
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from intttrain import ttt
 from intttrain.core.config import ModelConfig
-from intttrain.model.attention import dense_attention
+from intttrain.core.sharding import constrain
+from intttrain.model.cached_attention import KeyCache, attend_cached, cache_slots, remember_keys
 from intttrain.model.decoder import Decoder, delta_transform
-from intttrain.model.functional import Params, bind
+from intttrain.model.loss import is_likeliest, prediction_entropy, token_nll
 from intttrain.model.rope import rope_tables
 from intttrain.model.stages import plan_stages, scan_layers
 
 
 class DecodeState(NamedTuple):
-    """What a batch of growing documents carries.
+    """What a batch of growing documents carries; a row is one document.
 
     Attributes:
-      k_LBSKH, v_LBSKH: keys and values, a ring of the last S tokens (S is the window, or the longest document).
-      ttt: fast-weight caches with a leading axis n; ``None`` without TTT.
+      keys: of the last tokens.
+      ttt: fast weights; ``None`` without TTT.
       length_B: int32, tokens read so far.
+      sequence_B: int32, the number of the document: random draws depend on it and not on the row.
+      hidden_BD: the final hidden state of the last token, which predicts the next.
+      surprise_B: fp32, the model's own signal summed over the open chunk, for rules that look at it.
     """
 
-    k_LBSKH: Float[Array, "L B S K H"]
-    v_LBSKH: Float[Array, "L B S K H"]
+    keys: KeyCache
     ttt: ttt.FastWeightCache | None
     length_B: Int[Array, "B"]
+    sequence_B: Int[Array, "B"]
+    hidden_BD: Float[Array, "B D"]
+    surprise_B: Float[Array, "B"]
 
 
-def init_decode_state(config: ModelConfig, rows: int, max_tokens: int) -> DecodeState:
-    """Returns the state before the first token of documents of up to ``max_tokens`` tokens."""
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What does not change while documents are read; static.
+
+    Attributes:
+      piece_tokens: P, the most tokens of a row in one call; with TTT at most a chunk.
+      max_tokens: the longest document.
+      gate: which chunks are written.
+      wants_nll: whether the loss of every token is asked for.
+      wants_likeliest: whether it is asked for if every token was the likeliest.
+    """
+
+    piece_tokens: int
+    max_tokens: int
+    gate: ttt.GateRule = ttt.GateRule()
+    wants_nll: bool = False
+    wants_likeliest: bool = False
+
+
+class Read(NamedTuple):
+    """Result of ``read_tokens``.
+
+    Attributes:
+      nll_BP: fp32, loss of each token given those before it; 0 for a document's first token and where there is none;
+        ``None`` if it was not asked for.
+      decision: of each TTT layer about the chunks that became full with this piece (gate 0 elsewhere); ``None`` without
+        TTT.
+      full_B: whether a chunk did.
+      likeliest_BP: whether no token was more likely, True where none was predicted; ``None`` if it was not asked for.
+    """
+
+    nll_BP: Float[Array, "B P"] | None
+    decision: ttt.Decision | None
+    full_B: Bool[Array, "B *M"]
+    likeliest_BP: Bool[Array, "B P"] | None
+
+
+def init_decode_state(config: ModelConfig, reading: Reading, sequence_B: Int[Array, "B"]) -> DecodeState:
+    """Returns the state before the first token."""
     dtype = jnp.dtype(config.compute_dtype)
-    cached = min(max_tokens, config.sliding_window or max_tokens)
-    shape = (config.num_layers, rows, cached, config.num_kv_heads, config.head_dim)
+    rows = sequence_B.shape[0]
+    slots = cache_slots(reading.max_tokens, config.sliding_window, reading.piece_tokens)
+    shape = (config.num_layers, rows, slots, config.num_kv_heads, config.head_dim)
     caches = None
     if config.ttt is not None:
-        one = ttt.init_cache(rows, config.ttt.chunk_tokens, config.d_model, config.d_ff, dtype)
-        count = len(config.ttt.layers)
-        caches = jax.tree.map(lambda x: jnp.broadcast_to(x[None], (count, *x.shape)), one)
-    return DecodeState(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), caches, jnp.zeros((rows,), jnp.int32))
+        caches = ttt.init_cache(
+            len(config.ttt.layers), rows, config.ttt.chunk_tokens, config.d_model, config.d_ff, dtype
+        )
+    return DecodeState(
+        KeyCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)), caches, jnp.zeros((rows,), jnp.int32),
+        sequence_B.astype(jnp.int32), jnp.zeros((rows, config.d_model), dtype), jnp.zeros((rows,), jnp.float32),
+    )  # fmt: skip
 
 
-def decode_step(
+def restart_rows(state: DecodeState, restart_B: Bool[Array, "B"], sequence_B: Int[Array, "B"]) -> DecodeState:
+    """Returns the state in which some rows begin new documents; nothing of the old ones is read any more.
+
+    Keys, open chunks and hidden states of a new document need no clearing: its length says that they are not its own.
+    """
+    fast = state.ttt
+    if fast is not None:
+        over = lambda x: jnp.where(restart_B.reshape((1, -1) + (1,) * (x.ndim - 2)), jnp.zeros_like(x), x)  # noqa: E731
+        fast = fast._replace(
+            s_nBDF=over(fast.s_nBDF), written_nB=over(fast.written_nB), gate=jax.tree.map(over, fast.gate)
+        )
+    return state._replace(
+        ttt=fast,
+        length_B=jnp.where(restart_B, 0, state.length_B),
+        sequence_B=jnp.where(restart_B, sequence_B, state.sequence_B),
+        surprise_B=jnp.where(restart_B, 0.0, state.surprise_B),
+    )
+
+
+def piece_counts(
+    config: ModelConfig, reading: Reading, length_B: Int[Array, "B"], left_B: Int[Array, "B"]
+) -> Int[Array, "B"]:
+    """Returns how many of the tokens left the next piece of each row takes: it ends with the open chunk."""
+    count_B = jnp.clip(left_B, 0, reading.piece_tokens)
+    if config.ttt is None:
+        return count_B
+    return jnp.minimum(count_B, config.ttt.chunk_tokens - length_B % config.ttt.chunk_tokens)
+
+
+def read_tokens(
     decoder: Decoder,
-    token_B: Int[Array, "B"],
+    reading: Reading,
+    tokens_BP: Int[Array, "B P"],
+    count_B: Int[Array, "B"],
     state: DecodeState,
-    active_B: Bool[Array, "B"],
     *,
     eta: Float[Array, ""],
-) -> tuple[Float[Array, "B V"], DecodeState]:
-    """Reads one token per row; returns fp32 logits of the next and the state after it.
-
-    A row that is not active leaves its state untouched (its logits mean nothing).
-    """
-    config = decoder.config
-    x0_B1D = decoder.embed(token_B[:, None], decoder.dtype)
-    rope = rope_tables(config.rope, config.head_dim, state.length_B[:, None])
-    merge_layer, layer_params, merge_ttt, ttt_params = decoder.split_layers()
-
-    def block(x_B1D: jax.Array, layer_inputs: Any, ttt_inputs: Any | None) -> tuple[jax.Array, Any, Any]:
-        params, k_BSKH, v_BSKH = layer_inputs
-        layer = merge_layer(params)
-        q, k, v = layer.attention.project(layer.attention_norm(x_B1D), rope)
-        k_BSKH, v_BSKH, mask_B1S = _remember(k_BSKH, v_BSKH, k, v, state.length_B, active_B)
-        x_B1D = x_B1D + layer.attention.output(dense_attention(q, k_BSKH, v_BSKH, mask_B1S))
-        h_B1D = layer.mlp_norm(x_B1D)
-        z_B1F = layer.mlp.activate(h_B1D)
-        if ttt_inputs is None or config.ttt is None:
-            o_B1D = layer.mlp.project(z_B1F).astype(x_B1D.dtype)
-            return x_B1D + o_B1D, (k_BSKH, v_BSKH), None
-        fast = merge_ttt(ttt_inputs[0])
-        source_B1D = x0_B1D if config.ttt.target == "input_embed" else h_B1D
-        o_BD, cache = ttt.decode_projection(
-            z_B1F[:, 0], source_B1D[:, 0], layer.mlp.down[...], fast.target[...], fast.conv_or_none(),
-            ttt_inputs[1], active_B, eta=eta, transform=delta_transform(config.ttt),
-        )  # fmt: skip
-        return x_B1D + o_BD[:, None], (k_BSKH, v_BSKH), cache
-
-    stages = plan_stages(config.num_layers, config.ttt.layers if config.ttt else ())
-    ttt_inputs = None if config.ttt is None else (ttt_params, state.ttt)
-    x_B1D, (k_LBSKH, v_LBSKH), caches = scan_layers(
-        stages, block, x0_B1D, (layer_params, state.k_LBSKH, state.v_LBSKH), ttt_inputs
-    )
-    hidden_BD = decoder.final_norm(x_B1D)[:, 0]
-    weight_VD = decoder.output_weight().astype(hidden_BD.dtype)
-    logits_BV = jnp.einsum("bd,vd->bv", hidden_BD, weight_VD, preferred_element_type=jnp.float32)
-    return logits_BV, DecodeState(k_LBSKH, v_LBSKH, caches, state.length_B + active_B.astype(jnp.int32))
-
-
-def _remember(
-    k_BSKH: jax.Array, v_BSKH: jax.Array, k_B1KH: jax.Array, v_B1KH: jax.Array, length_B: jax.Array, active_B: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Writes this token's key and value into the ring; returns it with the mask of filled slots."""
-    cached = k_BSKH.shape[1]
-    slot_S = jnp.arange(cached, dtype=length_B.dtype)
-    here_BS = (slot_S[None] == (length_B % cached)[:, None]) & active_B[:, None]
-    k_BSKH = jnp.where(here_BS[:, :, None, None], k_B1KH, k_BSKH)
-    v_BSKH = jnp.where(here_BS[:, :, None, None], v_B1KH, v_BSKH)
-    return k_BSKH, v_BSKH, (slot_S[None] <= length_B[:, None])[:, None, :]
-
-
-def generate(
-    config: ModelConfig,
-    params: Params,
-    prompts: list[np.ndarray],
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-    stop_token: int,
-    eta: float | None = None,
-) -> list[np.ndarray]:
-    """Continues every prompt by up to ``max_new_tokens`` tokens.
+    gate: ttt.GateSettings = ttt.GateSettings(),
+) -> tuple[Read, DecodeState]:
+    """Reads the next tokens of every row.
 
     Args:
-      config, params: the model.
-      prompts: token ids, at least one each; lengths may differ.
-      max_new_tokens: bound on the continuation of each prompt.
-      temperature: 0 takes the most likely token.
-      seed: of the sampling.
-      stop_token: ends a continuation (kept as its last token).
-      eta: in place of the configured update size; 0 switches test-time training off.
+      decoder: the model.
+      reading: see there.
+      tokens_BP: P is ``reading.piece_tokens`` or less.
+      count_B: how many of them a row has, from the left; at most ``piece_counts``. A row with none stays as it is.
+      state: before.
+      eta: size of an update; 0 switches test-time training off.
+      gate: numbers of the rule.
 
     Returns:
-      The continuations, without the prompts.
+      What was asked for, and the state after.
     """
-    if any(len(prompt) == 0 for prompt in prompts):
-        raise ValueError("every prompt needs at least one token")
-    lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
-    padded_BP = np.zeros((len(prompts), lengths_B.max()), np.int32)
-    for row, prompt in enumerate(prompts):
-        padded_BP[row, : len(prompt)] = prompt
-    if eta is None:
-        eta = config.ttt.eta if config.ttt is not None else 0.0
-    tokens_TB = _generate(
-        config, max_new_tokens, params, padded_BP, lengths_B, jnp.float32(temperature), jax.random.key(seed),
-        jnp.int32(stop_token), jnp.float32(eta),
+    config = decoder.config
+    tokens_BP = jnp.where(jnp.arange(tokens_BP.shape[1])[None] < count_B[:, None], tokens_BP, 0)
+    hidden_BPD, keys, fast = _read_layers(decoder, tokens_BP, count_B, state)
+    last_B1 = jnp.maximum(count_B - 1, 0)[:, None, None]
+    last_BD = jnp.take_along_axis(hidden_BPD, last_B1, axis=1)[:, 0]
+    after = state._replace(
+        keys=keys, ttt=fast, length_B=state.length_B + count_B,
+        hidden_BD=jnp.where(count_B[:, None] > 0, last_BD, state.hidden_BD),
     )  # fmt: skip
-    continuations = []
-    for row, length in enumerate(lengths_B):
-        new = np.asarray(tokens_TB)[length - 1 : length - 1 + max_new_tokens, row]
-        stops = np.flatnonzero(new == stop_token)
-        continuations.append(new[: stops[0] + 1] if len(stops) else new)
-    return continuations
+    nll_BP, likeliest_BP, surprise_BP = _losses(decoder, reading, tokens_BP, count_B, state, hidden_BPD)
+    if config.ttt is None or fast is None:
+        return Read(nll_BP, None, jnp.zeros(count_B.shape, jnp.bool_), likeliest_BP), after
+    chunk_tokens = config.ttt.chunk_tokens
+    surprise_B = state.surprise_B + (0.0 if surprise_BP is None else jnp.sum(surprise_BP, axis=1))
+    full_B = (count_B > 0) & (after.length_B % chunk_tokens == 0)
+    fast, decision = ttt.commit(
+        fast, _fast_weights(decoder), full_B, eta=eta, chunk_B=state.length_B // chunk_tokens,
+        sequence_B=state.sequence_B, model_signal_B=surprise_B / chunk_tokens, rule=reading.gate, settings=gate,
+        transform=delta_transform(config.ttt),
+    )  # fmt: skip
+    after = after._replace(ttt=fast, surprise_B=jnp.where(full_B, 0.0, surprise_B))
+    return Read(nll_BP, decision, full_B, likeliest_BP), after
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _generate(
-    config: ModelConfig, max_new_tokens: int, params: Params, prompts_BP: jax.Array, lengths_B: jax.Array,
-    temperature: jax.Array, key: jax.Array, stop_token: jax.Array, eta: jax.Array,
-) -> jax.Array:  # fmt: skip
-    """Returns what follows each position (T B): entry ``length - 1`` of a row is its first new token."""
-    rows, longest = prompts_BP.shape
-    steps = longest + max_new_tokens - 1
-    decoder = bind(config, params)
+def read_documents(
+    decoder: Decoder,
+    reading: Reading,
+    tokens_BT: Int[Array, "B T"],
+    length_B: Int[Array, "B"],
+    sequence_B: Int[Array, "B"],
+    *,
+    eta: Float[Array, ""],
+    gate: ttt.GateSettings = ttt.GateSettings(),
+) -> Read:
+    """Reads whole documents piece by piece from their first token on; memory grows by their keys only.
 
-    def step(carry: tuple[DecodeState, jax.Array, jax.Array], at: jax.Array) -> tuple[Any, jax.Array]:
-        state, previous_B, active_B = carry
-        in_prompt_B = at < lengths_B
-        prompt_B = jax.lax.dynamic_index_in_dim(prompts_BP, jnp.minimum(at, longest - 1), axis=1, keepdims=False)
-        token_B = jnp.where(in_prompt_B, prompt_B, previous_B)
-        active_B = active_B & (in_prompt_B | (token_B != stop_token))
-        logits_BV, state = decode_step(decoder, token_B, state, active_B, eta=eta)
-        greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-        noisy_BV = logits_BV / jnp.maximum(temperature, 1e-6)
-        drawn_B = jax.random.categorical(jax.random.fold_in(key, at), noisy_BV, axis=-1).astype(jnp.int32)
-        next_B = jnp.where(temperature > 0, drawn_B, greedy_B)
-        return (state, next_B, active_B), next_B
+    Args:
+      decoder, reading, eta, gate: as in ``read_tokens``; ``piece_tokens`` divides T and, with TTT, is the chunk.
+      tokens_BT: documents, padded at the end.
+      length_B: tokens of each.
+      sequence_B: their numbers.
 
-    start = (init_decode_state(config, rows, steps), jnp.zeros((rows,), jnp.int32), jnp.ones((rows,), jnp.bool_))
-    return jax.lax.scan(step, start, jnp.arange(steps))[1]
+    Returns:
+      ``nll_BP`` and ``likeliest_BP`` with P = T, and decisions with a last axis of the T / P pieces.
+    """
+    rows, tokens = tokens_BT.shape
+    piece = reading.piece_tokens
+    pieces_MBP = jnp.moveaxis(tokens_BT.reshape(rows, tokens // piece, piece), 1, 0)
+
+    def step(state: DecodeState, inputs: tuple[jax.Array, jax.Array]) -> tuple[DecodeState, Read]:
+        tokens_BP, number = inputs
+        count_B = jnp.clip(length_B - number * piece, 0, piece)
+        read, state = read_tokens(decoder, reading, tokens_BP, count_B, state, eta=eta, gate=gate)
+        return state, read
+
+    start = init_decode_state(decoder.config, reading, sequence_B)
+    _, read = jax.lax.scan(step, start, (pieces_MBP, jnp.arange(tokens // piece)))
+    nll_BT, likeliest_BT = jax.tree.map(
+        lambda x_MBP: jnp.moveaxis(x_MBP, 0, 1).reshape(rows, tokens), (read.nll_BP, read.likeliest_BP)
+    )
+    decision = jax.tree.map(lambda x_MnB: jnp.moveaxis(x_MnB, 0, 2), read.decision)
+    return Read(nll_BT, decision, jnp.moveaxis(read.full_B, 0, 1), likeliest_BT)
+
+
+def next_logits(decoder: Decoder, state: DecodeState) -> Float[Array, "B V"]:
+    """Returns fp32 logits of the token after the last one read."""
+    weight_VD = decoder.output_weight().astype(state.hidden_BD.dtype)
+    return jnp.einsum("bd,vd->bv", state.hidden_BD, weight_VD, preferred_element_type=jnp.float32)
+
+
+def _read_layers(
+    decoder: Decoder, tokens_BP: jax.Array, count_B: jax.Array, state: DecodeState
+) -> tuple[jax.Array, KeyCache, ttt.FastWeightCache | None]:
+    """Returns the final hidden states, and the caches with these tokens."""
+    config = decoder.config
+    at_P = jnp.arange(tokens_BP.shape[1])
+    position_BP = state.length_B[:, None] + at_P[None]
+    real_BP = at_P[None] < count_B[:, None]
+    x0_BPD = decoder.embed(tokens_BP, decoder.dtype)
+    rope = rope_tables(config.rope, config.head_dim, position_BP)
+    merge_layer, layer_params, _, _ = decoder.split_layers()
+
+    def block(carry: Any, inputs: Any, fast_number: jax.Array | None) -> tuple[Any, None, None]:
+        x_BPD, keys, fast = carry
+        params, number = inputs
+        layer = merge_layer(params)
+        q, k, v = layer.attention.project(layer.attention_norm(x_BPD), rope)
+        keys = remember_keys(keys, number, k, v, position_BP, real_BP)
+        o = attend_cached(q, keys, number, position_BP, state.length_B + count_B, config.sliding_window)
+        x_BPD = x_BPD + layer.attention.output(o)
+        h_BPD = layer.mlp_norm(x_BPD)
+        z_BPF = layer.mlp.activate(h_BPD)
+        o_BPD = layer.mlp.project(z_BPF)
+        if fast_number is None or config.ttt is None:
+            return (x_BPD + o_BPD.astype(x_BPD.dtype), keys, fast), None, None
+        source_BPD = x0_BPD if config.ttt.target == "input_embed" else h_BPD
+        o_BPD = ttt.read(fast, fast_number, z_BPF, o_BPD, layer.mlp.down[...], delta_transform(config.ttt))
+        chunk_tokens = config.ttt.chunk_tokens
+        places_BP = jnp.where(real_BP, position_BP % chunk_tokens, chunk_tokens)
+        fast = ttt.remember(fast, fast_number, places_BP, z_BPF, source_BPD, o_BPD)
+        return (x_BPD + o_BPD, keys, fast), None, None
+
+    ttt_layers = config.ttt.layers if config.ttt else ()
+    (x_BPD, keys, fast), _, _ = scan_layers(
+        plan_stages(config.num_layers, ttt_layers), block, (x0_BPD, state.keys, state.ttt),
+        (layer_params, jnp.arange(config.num_layers)), jnp.arange(len(ttt_layers)) if ttt_layers else None,
+    )  # fmt: skip
+    return decoder.final_norm(x_BPD), keys, fast
+
+
+def _losses(
+    decoder: Decoder, reading: Reading, tokens_BP: jax.Array, count_B: jax.Array, before: DecodeState, hidden_BPD: Any
+) -> tuple[jax.Array | None, jax.Array | None, jax.Array | None]:
+    """Returns what is asked for of every token: loss, being the likeliest, and what a rule wants of the whole model."""
+    gate = reading.gate if decoder.config.ttt is not None else ttt.GateRule()
+    signal = gate.signal if gate.uses_signal else None
+    at_P = jnp.arange(tokens_BP.shape[1])
+    real_BP = at_P[None] < count_B[:, None]
+    predicted_BP = real_BP & (before.length_B[:, None] + at_P[None] > 0)
+    from_BPD = jnp.concatenate([before.hidden_BD[:, None], hidden_BPD[:, :-1]], axis=1)
+    from_BPD = constrain(from_BPD, "batch", "tokens", "width")
+    weight_VD, block = decoder.output_weight(), decoder.config.loss_chunk_tokens
+    nll_BP = likeliest_BP = surprise_BP = None
+    if reading.wants_nll or signal == "nll":
+        nll_BP = jnp.where(predicted_BP, token_nll(from_BPD, weight_VD, tokens_BP, block), 0.0)
+    if reading.wants_likeliest:
+        likeliest_BP = ~predicted_BP | is_likeliest(from_BPD, weight_VD, tokens_BP, block)
+    if signal == "nll":
+        surprise_BP = nll_BP
+    elif signal == "entropy":
+        surprise_BP = jnp.where(real_BP, prediction_entropy(hidden_BPD, weight_VD, block), 0.0)
+    return nll_BP if reading.wants_nll else None, likeliest_BP, surprise_BP
+
+
+def _fast_weights(decoder: Decoder) -> ttt.FastWeights:
+    """Returns the parameters of all TTT layers."""
+    assert decoder.config.ttt is not None
+    layers = jnp.asarray(decoder.config.ttt.layers)
+    return ttt.FastWeights(decoder.layers.mlp.down[...][layers], decoder.ttt.target[...], decoder.ttt.conv_or_none())

@@ -92,12 +92,15 @@ class Decoder(nnx.Module):
         positions_BT: Int[Array, "B T"],
         *,
         eta: Float[Array, ""] | float | None = None,
+        gates_BM: Float[Array, "B M"] | None = None,
     ) -> DecoderOutput:
         """Runs the model over packed rows (fields as in ``data.Batch``).
 
         Args:
           tokens_BT, segment_ids_BT, positions_BT: the rows; T is a multiple of the TTT chunk.
           eta: size of an update in place of the configured one; 0 switches test-time training off.
+          gates_BM: multiplies every chunk's update, in all TTT layers; default 1. Chunks in the order in which the row
+            stores them.
         """
         config = self.config
         x_BTD = self.embed(tokens_BT, self.dtype)
@@ -106,7 +109,7 @@ class Decoder(nnx.Module):
             eta = config.ttt.eta if config.ttt is not None else 0.0
         eta = jnp.asarray(eta, jnp.float32)
         merge_layer, layer_params, merge_ttt, ttt_params = self.split_layers()
-        shared = (x_BTD, rope, segment_ids_BT, eta)
+        shared = (x_BTD, rope, segment_ids_BT, eta, gates_BM)
 
         def block(x_BTD: jax.Array, shared: Any, layer_params: Any, ttt_params: Any | None) -> tuple[jax.Array, Any]:
             ttt_layer = None if ttt_params is None else merge_ttt(ttt_params)
@@ -140,7 +143,7 @@ def delta_transform(config: TTTConfig) -> ttt.DeltaTransform:
 def _apply_layer(
     config: ModelConfig, layer: DecoderLayer, ttt_layer: TTTParams | None, x_BTD: jax.Array, context: tuple[Any, ...]
 ) -> tuple[jax.Array, TTTStats | None]:
-    x0_BTD, rope, segment_ids_BT, eta = context
+    x0_BTD, rope, segment_ids_BT, eta, gates_BM = context
     x_BTD = checkpoint_name(constrain(x_BTD, "batch", "tokens", "width"), "layer_input")
     with jax.named_scope("attention"):
         q_BTNH, k_BTKH, v_BTKH = layer.attention.project(layer.attention_norm(x_BTD), rope)
@@ -154,7 +157,7 @@ def _apply_layer(
         v_BTD = ttt_layer.values(x0_BTD if config.ttt.target == "input_embed" else h_BTD, segment_ids_BT)
         fast = ttt.fast_weight_projection(
             z_BTF, v_BTD, layer.mlp.down[...], segment_ids_BT, chunk_tokens=config.ttt.chunk_tokens, eta=eta,
-            gradient_dtype=config.weight_gradient_dtype, transform=delta_transform(config.ttt),
+            gates_BM=gates_BM, gradient_dtype=config.weight_gradient_dtype, transform=delta_transform(config.ttt),
             balanced=is_balanced(config, x_BTD.shape[1], axis_size("context"), axis_size("tensor")),
             implementation=config.ttt.implementation,
         )  # fmt: skip

@@ -12,7 +12,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from intttrain.core.sharding import max_over, per_device, position_on, sum_over
 from intttrain.model.linear import table_gradient, whole_table
@@ -99,6 +99,47 @@ def _backward(
 
 
 token_nll.defvjp(_forward, _backward)
+
+
+def prediction_entropy(
+    hidden_BTD: Float[Array, "B T D"], weight_VD: Float[Array, "V D"], block_tokens: int
+) -> Float[Array, "B T"]:
+    """Returns the fp32 entropy (nats) of what each hidden state predicts; arguments as in ``token_nll``."""
+
+    def local(hidden_btD: jax.Array, weight_vd: jax.Array) -> jax.Array:
+        table_vD = whole_table(weight_vd, hidden_btD.dtype)
+
+        def block(hidden_bcD: jax.Array) -> jax.Array:
+            logits_bcv = _logits(hidden_bcD, table_vD)
+            largest_bc = max_over(jnp.max(logits_bcv, axis=2), "tensor")
+            share_bcv = jnp.exp(logits_bcv - largest_bc[:, :, None])
+            total_bc = sum_over(jnp.sum(share_bcv, axis=2), "tensor")
+            mean_bc = sum_over(jnp.sum(share_bcv * logits_bcv, axis=2), "tensor") / total_bc
+            return jnp.log(total_bc) + largest_bc - mean_bc
+
+        return _join(jax.lax.map(block, _cut(hidden_btD, block_tokens)), hidden_btD.shape[1])
+
+    return per_device(local, (_HIDDEN, _TABLE), _TOKENS)(hidden_BTD, weight_VD)
+
+
+def is_likeliest(
+    hidden_BTD: Float[Array, "B T D"], weight_VD: Float[Array, "V D"], labels_BT: Int[Array, "B T"], block_tokens: int
+) -> Bool[Array, "B T"]:
+    """Returns whether no token is more likely than the label; arguments as in ``token_nll``."""
+
+    def local(hidden_btD: jax.Array, weight_vd: jax.Array, labels_bt: jax.Array) -> jax.Array:
+        table_vD = whole_table(weight_vd, hidden_btD.dtype)
+
+        def block(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
+            hidden_bcD, labels_bc = inputs
+            logits_bcv = _logits(hidden_bcD, table_vD)
+            chosen_bc = jnp.max(jnp.where(_is_label(labels_bc, logits_bcv), logits_bcv, -jnp.inf), axis=2)
+            return max_over(chosen_bc, "tensor") >= max_over(jnp.max(logits_bcv, axis=2), "tensor")
+
+        found_Jbc = jax.lax.map(block, tuple(_cut(x, block_tokens) for x in (hidden_btD, labels_bt)))
+        return _join(found_Jbc, labels_bt.shape[1])
+
+    return per_device(local, (_HIDDEN, _TABLE, _TOKENS), _TOKENS)(hidden_BTD, weight_VD, labels_BT)
 
 
 def _logits(hidden_bcD: jax.Array, table_vD: jax.Array) -> jax.Array:

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import optax
 
 from intttrain.core.config import Config
+from intttrain.core.row_order import is_balanced, stored_units
+from intttrain.core.sharding import axis_size
 from intttrain.data import Batch
 from intttrain.model import Params, TTTStats, abstract_params, bind, init_params, token_nll
 from intttrain.train.optimizer import clip_by_norm, make_optimizer, make_schedule
@@ -93,7 +95,8 @@ def make_train_step(config: Config) -> StepFunction:
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         eta = _eta(config, state["step"])
-        sums, grads = _accumulate(config, state["params"], batch, eta)
+        gates_BM = _draw_gates(config, state)
+        sums, grads = _accumulate(config, state["params"], (batch, gates_BM), eta)
         weight = jnp.maximum(jnp.sum(sums.weight_B), 1.0)
         grads = jax.tree.map(lambda g: g / weight, grads)
         loss, grad_norm = jnp.sum(sums.nll_B) / weight, optax.tree.norm(grads)
@@ -138,7 +141,26 @@ def _eta(config: Config, step: jax.Array) -> jax.Array:
     return config.model.ttt.eta * share
 
 
-def _accumulate(config: Config, params: Params, batch: Batch, eta: jax.Array) -> tuple[_Sums, Params]:
+def _draw_gates(config: Config, state: TrainState) -> jax.Array | None:
+    """Returns which chunks are written in this step (B M, as rows store them); ``None`` for all.
+
+    A model that has met skipped chunks in training can be gated later without leaving what it knows.
+    """
+    if config.model.ttt is None or config.train.gate_rate == 1.0:
+        return None
+    seq_len, context = config.data.seq_len, axis_size("context")
+    balanced = is_balanced(config.model, seq_len, context, axis_size("tensor"))
+    stored_M = stored_units(seq_len, context, config.model.ttt.chunk_tokens, balanced=balanced)
+    key = jax.random.fold_in(jax.random.wrap_key_data(state["rng"]), state["step"])
+    written_BM = jax.random.bernoulli(key, config.train.gate_rate, (config.train.batch_rows, len(stored_M)))
+    return written_BM[:, stored_M].astype(jnp.float32)
+
+
+# a batch with the gates of its chunks
+_Gated = tuple[Batch, jax.Array | None]
+
+
+def _accumulate(config: Config, params: Params, batch: _Gated, eta: jax.Array) -> tuple[_Sums, Params]:
     """Returns loss sums and the gradient of the summed loss, over all microbatches."""
     gradient = jax.value_and_grad(lambda p, b: _loss_sums(config, p, b, eta), has_aux=True)
     pieces = config.train.microbatches
@@ -146,7 +168,7 @@ def _accumulate(config: Config, params: Params, batch: Batch, eta: jax.Array) ->
         (_, sums), grads = gradient(params, batch)
         return sums, grads
 
-    def add(total: Params, piece: Batch) -> tuple[Params, _Sums]:
+    def add(total: Params, piece: _Gated) -> tuple[Params, _Sums]:
         (_, sums), grads = gradient(params, piece)
         return jax.tree.map(jnp.add, total, grads), sums
 
@@ -159,9 +181,10 @@ def _accumulate(config: Config, params: Params, batch: Batch, eta: jax.Array) ->
     return _Sums(stacked.nll_B.T.reshape(-1), stacked.weight_B.T.reshape(-1), ttt), grads
 
 
-def _loss_sums(config: Config, params: Params, batch: Batch, eta: jax.Array) -> tuple[jax.Array, _Sums]:
+def _loss_sums(config: Config, params: Params, gated: _Gated, eta: jax.Array) -> tuple[jax.Array, _Sums]:
+    batch, gates_BM = gated
     decoder = bind(config.model, params)
-    output = decoder(batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, eta=eta)
+    output = decoder(batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, eta=eta, gates_BM=gates_BM)
     nll_BT = token_nll(
         output.hidden_BTD, decoder.output_weight(), batch.labels_BT, config.model.loss_chunk_tokens,
         config.model.weight_gradient_dtype,

@@ -1,7 +1,8 @@
 """In-Place Test-Time Training as pure functions over arrays: the only home of the method.
 
 ``fast_weight_projection`` is the door: it replaces ``o = W0 z`` of an MLP block. ``make_targets`` computes the
-values that are written, ``FastWeightCache`` with ``decode_projection`` is the same thing one token at a time.
+values that are written; ``FastWeightCache`` with ``read``, ``remember`` and ``commit`` is the same thing a few tokens
+at a time, where ``gating`` may decide which chunks are written.
 ``reference`` is the definition; everything else must agree with it in value and in gradient.
 
 Letters: B row, T tokens in a row, C tokens per chunk, M = T / C chunks, D model width, F feed-forward width,
@@ -10,7 +11,8 @@ W conv taps.
 
 from intttrain.ttt.api import FastWeightOutput, fast_weight_projection, project
 from intttrain.ttt.chunked import MIXED_SCOPE
-from intttrain.ttt.decode import FastWeightCache, decode_projection, init_cache
+from intttrain.ttt.decode import FastWeightCache, FastWeights, commit, init_cache, read, remember
+from intttrain.ttt.gating import Decision, GateRule, GateSettings, GateState, Rule, Signal
 from intttrain.ttt.layout import ChunkLayout, FastWeightState, init_state, make_layout
 from intttrain.ttt.shards import STATE_NAME
 from intttrain.ttt.targets import CONV_TAPS, make_targets, mix_neighbours
@@ -21,11 +23,18 @@ __all__ = [
     "MIXED_SCOPE",
     "STATE_NAME",
     "ChunkLayout",
+    "Decision",
     "DeltaTransform",
     "FastWeightCache",
     "FastWeightOutput",
     "FastWeightState",
-    "decode_projection",
+    "FastWeights",
+    "GateRule",
+    "GateSettings",
+    "GateState",
+    "Rule",
+    "Signal",
+    "commit",
     "fast_weight_projection",
     "init_cache",
     "init_state",
@@ -33,4 +42,6 @@ __all__ = [
     "make_targets",
     "mix_neighbours",
     "project",
+    "read",
+    "remember",
 ]

@@ -1,87 +1,231 @@
-"""The same layer one token at a time, for generation: prefill + decode equals one full forward.
+"""The same layer a few tokens at a time: for prompts, generation and rows too long for one pass.
 
-A chunk commits when its last token has been seen; an open chunk never updates. Rows of a batch may be at
-different places of their chunks.
+Reading and writing are apart. ``read`` computes tokens with the state as it is, ``remember`` keeps them in the buffers
+of the open chunk, and ``commit`` writes chunks that have become full, after all layers were read: so a gate may ask
+what the whole model made of the chunk. An open chunk never updates. Rows of a batch may be at different places.
 
-Letters: B row, C tokens per chunk, D model width, F feed-forward width.
+Letters: B row, P tokens of a piece, C tokens per chunk, D model width, F feed-forward width, n TTT layers.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from intttrain.ttt.api import project
+from intttrain.ttt.gating import (
+    OF_THE_MODEL,
+    Decision,
+    GateRule,
+    GateSettings,
+    GateState,
+    decide,
+    init_gate_state,
+    measured_tokens,
+    own_signal,
+)
 from intttrain.ttt.targets import make_targets
 from intttrain.ttt.transforms import DeltaTransform, bound_delta, row_scale
 
 
 class FastWeightCache(NamedTuple):
-    """State of one TTT layer while decoding one document per row.
+    """State of all TTT layers while they read one document per row.
 
     Attributes:
-      s_BDF: fp32 sum of the committed updates.
-      z_BCF, x_BCD: activations and target source of the open chunk.
-      filled_B: tokens already in the open chunk, 0 to C - 1.
+      s_nBDF: fp32 sums of the written updates.
+      z_nBCF, x_nBCD, o_nBCD: activations, target source and result of the tokens in the open chunk.
+      written_nB: int32, updates written so far; where it is 0 the state is empty and W0 alone is read.
+      gate: what the rule remembers.
     """
 
-    s_BDF: Float[Array, "*L B D F"]
-    z_BCF: Float[Array, "*L B C F"]
-    x_BCD: Float[Array, "*L B C D"]
-    filled_B: Int[Array, "*L B"]
+    s_nBDF: Float[Array, "n B D F"]
+    z_nBCF: Float[Array, "n B C F"]
+    x_nBCD: Float[Array, "n B C D"]
+    o_nBCD: Float[Array, "n B C D"]
+    written_nB: Int[Array, "n B"]
+    gate: GateState
 
 
-def init_cache(rows: int, chunk_tokens: int, d_model: int, d_ff: int, dtype: jnp.dtype) -> FastWeightCache:
+class FastWeights(NamedTuple):
+    """Parameters of all TTT layers; ``conv_nWD`` is ``None`` for ``next_hidden``."""
+
+    w_down_nDF: Float[Array, "n D F"]
+    w_target_nDD: Float[Array, "n D D"]
+    conv_nWD: Float[Array, "n W D"] | None
+
+
+def init_cache(layers: int, rows: int, chunk_tokens: int, d_model: int, d_ff: int, dtype: jnp.dtype) -> FastWeightCache:
     """Returns the cache before the first token."""
+    open_chunk = (layers, rows, chunk_tokens)
     return FastWeightCache(
-        s_BDF=jnp.zeros((rows, d_model, d_ff), jnp.float32),
-        z_BCF=jnp.zeros((rows, chunk_tokens, d_ff), dtype),
-        x_BCD=jnp.zeros((rows, chunk_tokens, d_model), dtype),
-        filled_B=jnp.zeros((rows,), jnp.int32),
+        s_nBDF=jnp.zeros((layers, rows, d_model, d_ff), jnp.float32),
+        z_nBCF=jnp.zeros((*open_chunk, d_ff), dtype),
+        x_nBCD=jnp.zeros((*open_chunk, d_model), dtype),
+        o_nBCD=jnp.zeros((*open_chunk, d_model), dtype),
+        written_nB=jnp.zeros((layers, rows), jnp.int32),
+        gate=init_gate_state(layers, rows),
     )
 
 
-def decode_projection(
-    z_BF: Float[Array, "B F"],
-    x_BD: Float[Array, "B D"],
-    w_down_DF: Float[Array, "D F"],
-    w_target_DD: Float[Array, "D D"],
-    conv_WD: Float[Array, "W D"] | None,
+def read(
     cache: FastWeightCache,
-    active_B: Array,
-    *,
-    eta: Float[Array, ""],
+    layer: Int[Array, ""] | int,
+    z_BPF: Float[Array, "B P F"],
+    base_BPD: Float[Array, "B P D"],
+    w_down_DF: Float[Array, "D F"],
     transform: DeltaTransform = DeltaTransform(),
-) -> tuple[Float[Array, "B D"], FastWeightCache]:
-    """Returns the projected token and the cache after it.
+) -> Float[Array, "B P D"]:
+    """Returns ``(W0 + S) z`` in the dtype of z.
 
     Args:
-      z_BF, x_BD: activations and target source of one token per row.
-      w_down_DF, w_target_DD, conv_WD: parameters as in ``fast_weight_projection`` and ``make_targets``.
-      cache: the layer's state.
-      active_B: bool; a row that is not active is computed but its cache stays as it was.
-      eta, transform: as in ``fast_weight_projection``.
+      cache: see there; not changed.
+      layer: number of the TTT layer.
+      z_BPF: activations.
+      base_BPD: ``W0 z``, fp32: shared by all rows, so rows that were never written cost no more than a dense layer.
+      w_down_DF: W0.
+      transform: as in ``fast_weight_projection``.
     """
-    s_z_BD = jnp.einsum("bf,bdf->bd", z_BF, cache.s_BDF.astype(z_BF.dtype), preferred_element_type=jnp.float32)
-    o_BD = project(z_BF[:, None], w_down_DF)[:, 0] + s_z_BD
-    if transform.preserve_row_norm:
-        o_BD = o_BD * row_scale(cache.s_BDF, w_down_DF)
 
-    chunk_tokens = cache.z_BCF.shape[1]
-    here_BC = (jnp.arange(chunk_tokens)[None] == cache.filled_B[:, None]) & active_B[:, None]
-    z_BCF = jnp.where(here_BC[..., None], z_BF[:, None], cache.z_BCF)
-    x_BCD = jnp.where(here_BC[..., None], x_BD[:, None], cache.x_BCD)
-    filled_B = cache.filled_B + active_B.astype(jnp.int32)
-    full_B = filled_B == chunk_tokens
+    def add_state(base_BPD: Array) -> Array:
+        s_BDF = jax.lax.dynamic_index_in_dim(cache.s_nBDF, layer, keepdims=False)
+        o_BPD = base_BPD + _product("bpf,bdf->bpd", z_BPF, s_BDF.astype(z_BPF.dtype))
+        return o_BPD * row_scale(s_BDF, w_down_DF)[:, None] if transform.preserve_row_norm else o_BPD
 
-    def commit(s_BDF: Array) -> Array:
-        segments_BC = jnp.ones(z_BCF.shape[:2], jnp.int32)
-        v_BCD = make_targets(x_BCD, w_target_DD, conv_WD, segments_BC, chunk_tokens)
-        delta_BDF = eta * jnp.einsum("bcd,bcf->bdf", v_BCD, z_BCF, preferred_element_type=jnp.float32)
-        return jnp.where(full_B[:, None, None], s_BDF + bound_delta(delta_BDF, transform), s_BDF)
+    written = jnp.any(jax.lax.dynamic_index_in_dim(cache.written_nB, layer, keepdims=False) > 0)
+    return jax.lax.cond(written, add_state, lambda base_BPD: base_BPD, base_BPD).astype(z_BPF.dtype)
 
-    s_BDF = jax.lax.cond(jnp.any(full_B), commit, lambda s_BDF: s_BDF, cache.s_BDF)
-    return o_BD.astype(z_BF.dtype), FastWeightCache(s_BDF, z_BCF, x_BCD, jnp.where(full_B, 0, filled_B))
+
+def remember(
+    cache: FastWeightCache,
+    layer: Int[Array, ""] | int,
+    places_BP: Int[Array, "B P"],
+    z_BPF: Float[Array, "B P F"],
+    x_BPD: Float[Array, "B P D"],
+    o_BPD: Float[Array, "B P D"],
+) -> FastWeightCache:
+    """Returns the cache with tokens put at their places of the open chunk; places from C on are left out."""
+    rows_B1 = jnp.arange(z_BPF.shape[0])[:, None]
+
+    def put(buffer: Array, new: Array) -> Array:
+        return buffer.at[layer, rows_B1, places_BP].set(new.astype(buffer.dtype), mode="drop")
+
+    return cache._replace(
+        z_nBCF=put(cache.z_nBCF, z_BPF), x_nBCD=put(cache.x_nBCD, x_BPD), o_nBCD=put(cache.o_nBCD, o_BPD)
+    )
+
+
+def commit(
+    cache: FastWeightCache,
+    weights: FastWeights,
+    full_B: Bool[Array, "B"],
+    *,
+    eta: Float[Array, ""],
+    chunk_B: Int[Array, "B"],
+    sequence_B: Int[Array, "B"],
+    model_signal_B: Float[Array, "B"] | None = None,
+    rule: GateRule = GateRule(),
+    settings: GateSettings = GateSettings(),
+    transform: DeltaTransform = DeltaTransform(),
+) -> tuple[FastWeightCache, Decision]:
+    """Decides about the chunks of full rows and writes those that shall be.
+
+    Args:
+      cache, weights: of all TTT layers.
+      full_B: rows whose open chunk is full; the cache of the others stays as it is.
+      eta, transform: as in ``fast_weight_projection``.
+      chunk_B: number of the open chunk.
+      sequence_B: number of the sequence, for random gates.
+      model_signal_B: ``nll`` or ``entropy`` of the chunk, where the rule looks at it.
+      rule, settings: how to decide.
+
+    Returns:
+      The cache and what was decided; gates of rows that are not full are 0.
+    """
+    layers, rows = cache.written_nB.shape
+    nothing = Decision(*(jnp.full((layers, rows), value, jnp.float32) for value in (0.0, jnp.nan, jnp.nan)))
+
+    def write(cache: FastWeightCache) -> tuple[FastWeightCache, Decision]:
+        v_nBCD, signal_nB = _targets_and_signals(cache, weights, eta, model_signal_B, rule, transform)
+        if rule.shared:
+            signal_nB = jnp.broadcast_to(jnp.mean(signal_nB, axis=0), signal_nB.shape)
+
+        def decide_layer(state: GateState, signal_B: Array, layer: Array) -> tuple[Decision, GateState]:
+            return decide(rule, settings, state, signal_B, layer=layer, chunk_B=chunk_B, sequence_B=sequence_B)
+
+        found, gate_state = jax.vmap(decide_layer)(cache.gate, signal_nB, jnp.arange(layers))
+        where_full = lambda new, old: jnp.where(full_B[None], new, old)  # noqa: E731
+        found = jax.tree.map(where_full, found, nothing)
+        s_nBDF = _written(cache, v_nBCD, found.gate, eta, transform)
+        kept = cache._replace(
+            s_nBDF=s_nBDF,
+            written_nB=cache.written_nB + (found.gate > 0).astype(jnp.int32),
+            gate=jax.tree.map(where_full, gate_state, cache.gate),
+        )
+        return kept, found
+
+    return jax.lax.cond(jnp.any(full_B), write, lambda cache: (cache, nothing), cache)
+
+
+def _targets_and_signals(
+    cache: FastWeightCache,
+    weights: FastWeights,
+    eta: Array,
+    model_signal_B: Array | None,
+    rule: GateRule,
+    transform: DeltaTransform,
+) -> tuple[Array, Array]:
+    """Returns V of the open chunks (n B C D) and the signal of each (n B)."""
+    rows, chunk_tokens = cache.z_nBCF.shape[1:3]
+    measured_C = jnp.arange(chunk_tokens) < measured_tokens(chunk_tokens, weights.conv_nWD is not None)
+    measured_BC = jnp.broadcast_to(measured_C, (rows, chunk_tokens))
+    whole_BC = jnp.ones((rows, chunk_tokens), jnp.int32)
+
+    def layer(_: None, inputs: Any) -> tuple[None, tuple[Array, Array]]:
+        (w_down_DF, w_target_DD, conv_WD), s_BDF, z_BCF, x_BCD, o_BCD = inputs
+        v_BCD = make_targets(x_BCD, w_target_DD, conv_WD, whole_BC, chunk_tokens)
+        if not rule.uses_signal:
+            signal_B = jnp.full((rows,), jnp.nan, jnp.float32)
+        elif rule.signal in OF_THE_MODEL:
+            assert model_signal_B is not None
+            signal_B = model_signal_B
+        elif rule.signal == "delta_norm":
+            update_B = _norm(_update(v_BCD, z_BCF, eta, transform))
+            signal_B = update_B / _norm(w_down_DF.astype(jnp.float32)[None])
+        elif rule.signal == "redundancy":
+            added_BCD = _product("bcf,bdf->bcd", z_BCF, s_BDF.astype(z_BCF.dtype))
+            signal_B = own_signal(rule.signal, added_BCD, v_BCD, measured_BC)
+        else:
+            signal_B = own_signal(rule.signal, o_BCD, v_BCD, measured_BC)
+        return None, (v_BCD, signal_B)
+
+    return jax.lax.scan(layer, None, (weights, cache.s_nBDF, cache.z_nBCF, cache.x_nBCD, cache.o_nBCD))[1]
+
+
+def _written(
+    cache: FastWeightCache, v_nBCD: Array, gate_nB: Array, eta: Array, transform: DeltaTransform
+) -> Float[Array, "n B D F"]:
+    """Returns the states with what is written; a layer in which no row is written costs nothing."""
+
+    def layer(_: None, inputs: tuple[Array, ...]) -> tuple[None, Array]:
+        s_BDF, z_BCF, v_BCD, gate_B = inputs
+
+        def add(s_BDF: Array) -> Array:
+            return s_BDF + gate_B[:, None, None] * _update(v_BCD, z_BCF, eta, transform)
+
+        return None, jax.lax.cond(jnp.any(gate_B > 0), add, lambda s_BDF: s_BDF, s_BDF)
+
+    return jax.lax.scan(layer, None, (cache.s_nBDF, cache.z_nBCF, v_nBCD, gate_nB))[1]
+
+
+def _update(v_BCD: Array, z_BCF: Array, eta: Array, transform: DeltaTransform) -> Array:
+    return bound_delta(eta * _product("bcd,bcf->bdf", v_BCD, z_BCF), transform)
+
+
+def _product(equation: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+
+
+def _norm(x_BDF: Array) -> Array:
+    return jnp.sqrt(jnp.sum(jnp.square(x_BDF), axis=(1, 2)))

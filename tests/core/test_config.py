@@ -310,6 +310,7 @@ def test_all_problems_are_reported_together():
         ({"eval__position_edges": (256, 256, 1024)}, ["eval.position_edges=[256, 256, 1024]", "increase"]),
         ({"eval__position_edges": (256,)}, ["eval.position_edges=[256]", "eval.seq_len=1024", "[512, 1024]"]),
         ({"eval__position_edges": ()}, ["eval.position_edges=[]", "eval.seq_len=1024"]),
+        ({"model__ttt": None, "train__gate_rate": 0.5}, ["train.gate_rate=0.5", "model.ttt", "1.0"]),
         ({"eval__min_document_tokens": 1}, ["eval.min_document_tokens=1", "2"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

@@ -1,4 +1,4 @@
-"""Prefill + decode equals one full forward, at every length around the chunk edges, row by row."""
+"""Prefill + decode equals one full forward, for every cut around the chunk edges, row by row."""
 
 from __future__ import annotations
 
@@ -11,9 +11,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from intttrain import ttt
 from intttrain.core.config import ModelConfig, RopeConfig, TTTConfig
-from intttrain.model import abstract_params, bind, decode_step, generate, init_decode_state
+from intttrain.model import (
+    DecodeState,
+    Reading,
+    abstract_params,
+    bind,
+    init_decode_state,
+    next_logits,
+    read_documents,
+    read_tokens,
+    restart_rows,
+    token_nll,
+)
 
+QUICK = {"xla_backend_optimization_level": 0}  # compiled in half the time
 CHUNK, LENGTH = 4, 13  # three chunks and a token
 PADDED = 16
 
@@ -29,6 +42,8 @@ CASES: dict[str, dict[str, Any]] = {
     "row_norm": {"ttt": dataclasses.replace(BASE.ttt, preserve_row_norm=True)},  # type: ignore[type-var]
     "dense_llama": {"ttt": None, "family": "llama", "tie_embeddings": False},
 }
+ROWS = 5
+TOKENS = np.random.default_rng(1).integers(0, BASE.vocab_size, (ROWS, LENGTH)).astype(np.int32)
 
 
 def random_params(config: ModelConfig, seed: int = 0) -> Any:
@@ -39,87 +54,155 @@ def random_params(config: ModelConfig, seed: int = 0) -> Any:
     )
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
 def _forward(config: ModelConfig, params: Any, tokens_BT: jax.Array, segment_ids_BT: jax.Array, eta: jax.Array) -> Any:
     decoder = bind(config, params)
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape)
     hidden_BTD = decoder(tokens_BT, segment_ids_BT, positions_BT, eta=eta).hidden_BTD
-    return jnp.einsum("btd,vd->btv", hidden_BTD, decoder.output_weight())
+    labels_BT = jnp.roll(tokens_BT, -1, axis=1)
+    return jnp.einsum("btd,vd->btv", hidden_BTD, decoder.output_weight()), token_nll(
+        hidden_BTD, decoder.output_weight(), labels_BT, 8
+    )
 
 
-def full_logits(config: ModelConfig, params: Any, tokens_BT: np.ndarray, eta: float | None = None) -> np.ndarray:
-    """Logits of one forward; rows are padded to one length, so that one program serves every test."""
+def forward(config: ModelConfig, params: Any, tokens_BT: np.ndarray, eta: float | None = None) -> Any:
+    """Logits and losses of one forward; rows are padded to one length, so that one program serves every test."""
     length = tokens_BT.shape[1]
     padding = ((0, 0), (0, PADDED - length))
     if eta is None:
         eta = config.ttt.eta if config.ttt else 0.0
     segment_ids_BT = np.pad(np.ones(tokens_BT.shape, np.int32), padding)
-    logits = _forward(config, params, np.pad(tokens_BT, padding), segment_ids_BT, jnp.float32(eta))
-    return np.asarray(logits)[:, :length]
+    logits, nll = _forward(config, params, np.pad(tokens_BT, padding), segment_ids_BT, jnp.float32(eta))
+    return np.asarray(logits)[:, :length], np.asarray(nll)[:, : length - 1]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
+def _read(config: ModelConfig, reading: Reading, params: Any, tokens: Any, count: Any, state: Any, eta: Any) -> Any:
+    decoder = bind(config, params)
+    read, state = read_tokens(decoder, reading, tokens, count, state, eta=eta)
+    return read, next_logits(decoder, state), state
+
+
+def start(config: ModelConfig, reading: Reading, rows: int = ROWS) -> DecodeState:
+    return init_decode_state(config, reading, jnp.arange(rows))
+
+
+def advance(
+    config: ModelConfig, params: Any, state: DecodeState, until_B: np.ndarray, width: int, check: Any = None
+) -> DecodeState:
+    """Reads every row of TOKENS up to ``until_B`` in pieces of at most ``width`` tokens that end with their chunks."""
+    reading = Reading(CHUNK, LENGTH)
+    eta = jnp.float32(config.ttt.eta if config.ttt else 0.0)
+    while True:
+        length_B = np.asarray(state.length_B)
+        left_B = np.minimum(until_B - length_B, CHUNK - length_B % CHUNK)
+        count_B = np.clip(left_B, 0, width)
+        if not count_B.any():
+            return state
+        tokens_BP = np.zeros((ROWS, width), np.int32)
+        for row in range(ROWS):
+            tokens_BP[row, : count_B[row]] = TOKENS[row, length_B[row] : length_B[row] + count_B[row]]
+        _, logits, state = _read(config, reading, params, tokens_BP, count_B, state, eta)
+        if check is not None:
+            check(np.asarray(logits), np.flatnonzero(count_B), length_B + count_B - 1)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_decoding_equals_the_full_forward_for_rows_of_different_lengths(name: str) -> None:
+def test_every_split_into_prompt_and_decoding_equals_the_full_forward(name: str) -> None:
+    """Row r has read r tokens more than row 0 when decoding begins, over two chunk edges."""
     config = dataclasses.replace(BASE, **CASES[name])
     params = random_params(config)
-    tokens_BT = np.random.default_rng(1).integers(0, config.vocab_size, (3, LENGTH)).astype(np.int32)
-    pauses = np.array([0, 2, 5])  # row r waits for this many steps in the middle, so rows drift apart
-    expected = full_logits(config, params, tokens_BT)
-    eta = jnp.float32(config.ttt.eta if config.ttt else 0.0)
-    step = jax.jit(lambda params, *rest: decode_step(bind(config, params), *rest, eta=eta))
+    expected, _ = forward(config, params, TOKENS)
 
-    state = init_decode_state(config, 3, LENGTH)
-    read = np.zeros(3, int)
-    for at in range(LENGTH + pauses.max()):
-        active = (read < LENGTH) & ~((at >= 3) & (at < 3 + pauses))
-        token_B = tokens_BT[np.arange(3), np.minimum(read, LENGTH - 1)]
-        logits, state = step(params, jnp.asarray(token_B), state, jnp.asarray(active))
-        for row in np.flatnonzero(active):
-            np.testing.assert_allclose(np.asarray(logits[row]), expected[row, read[row]], rtol=2e-4, atol=2e-4)
-        read += active
-    assert (read == LENGTH).all()
+    def check(logits: np.ndarray, rows: np.ndarray, at_B: np.ndarray) -> None:
+        for row in rows:
+            np.testing.assert_allclose(logits[row], expected[row, at_B[row]], rtol=2e-4, atol=2e-4)
+
+    for first in (1, CHUNK + 1):  # 1 to 5 tokens, then 5 to 9: over both edges
+        split_B = first + np.arange(ROWS)
+        state = advance(config, params, start(config, Reading(CHUNK, LENGTH)), split_B, CHUNK, check)
+        state = advance(config, params, state, np.full(ROWS, LENGTH), 1, check)
+        assert (np.asarray(state.length_B) == LENGTH).all()
 
 
 def test_updates_change_the_logits_only_after_the_first_chunk() -> None:
     params = random_params(BASE)
-    tokens_BT = np.random.default_rng(1).integers(0, BASE.vocab_size, (1, LENGTH)).astype(np.int32)
-    difference = np.abs(full_logits(BASE, params, tokens_BT) - full_logits(BASE, params, tokens_BT, 0.0)).max(
-        axis=(0, 2)
-    )
+    difference = np.abs(forward(BASE, params, TOKENS)[0] - forward(BASE, params, TOKENS, 0.0)[0]).max(axis=(0, 2))
     assert (difference[:CHUNK] == 0).all()
     assert (difference[CHUNK:] > 1e-3).all()
 
 
-def test_greedy_generation_follows_the_full_forward_and_ignores_batch_mates() -> None:
-    params = random_params(BASE)
-    rng = np.random.default_rng(2)
-    prompts = [rng.integers(0, BASE.vocab_size, n).astype(np.int32) for n in (1, CHUNK, 2 * CHUNK + 1)]
-    settings: dict[str, Any] = {"max_new_tokens": 6, "temperature": 0.0, "seed": 0, "stop_token": -1}
-    together = generate(BASE, params, prompts, **settings)
-    for prompt, continuation in zip(prompts, together, strict=True):
-        assert continuation.tolist() == generate(BASE, params, [prompt], **settings)[0].tolist()
-        text = prompt
-        for token in continuation:
-            assert token == full_logits(BASE, params, text[None])[0, -1].argmax()
-            text = np.append(text, token)
+def leaves_by_row(state: DecodeState, row: int) -> list[np.ndarray]:
+    """What a later token of the row can depend on: nothing beyond its length."""
+    length = int(state.length_B[row])
+    k, v = (np.asarray(x)[:, row, :length] for x in state.keys)
+    assert state.ttt is not None
+    fast = state.ttt._replace(
+        **{
+            name: np.asarray(getattr(state.ttt, name))[:, :, : length % CHUNK]
+            for name in ("z_nBCF", "x_nBCD", "o_nBCD")
+        }
+    )
+    by_row = [np.asarray(x)[:, row] for x in jax.tree.leaves(fast)]
+    return [k, v, *by_row, np.asarray(state.hidden_BD[row])]
 
 
-def test_a_stop_token_ends_the_continuation_and_sampling_is_seeded() -> None:
+def test_a_row_that_leaves_and_one_that_joins_change_no_other_bit_for_bit() -> None:
     params = random_params(BASE)
-    prompt = [np.array([3, 1, 4], np.int32)]
-    free = generate(BASE, params, prompt, max_new_tokens=12, temperature=1.0, seed=5, stop_token=-1)[0]
-    again = generate(BASE, params, prompt, max_new_tokens=12, temperature=1.0, seed=5, stop_token=-1)[0]
-    other = generate(BASE, params, prompt, max_new_tokens=12, temperature=1.0, seed=6, stop_token=-1)[0]
-    stopped = generate(BASE, params, prompt, max_new_tokens=12, temperature=1.0, seed=5, stop_token=int(free[4]))[0]
-    first = free.tolist().index(int(free[4]))
-    assert free.tolist() == again.tolist() != other.tolist()
-    assert stopped.tolist() == free[: first + 1].tolist()
+    until_B = np.array([9, 6, 7, 13, 5])
+    alone = advance(BASE, params, start(BASE, Reading(CHUNK, LENGTH)), until_B, CHUNK)
+    # Row 1 reads another document first, and row 2 begins when the others have gone on.
+    state = advance(BASE, params, start(BASE, Reading(CHUNK, LENGTH)), np.array([5, 11, 0, 6, 5]), CHUNK)
+    state = restart_rows(state, jnp.arange(ROWS) == 1, jnp.arange(ROWS))
+    state = advance(BASE, params, state, until_B, CHUNK)
+    for row in (1, 2, 4):
+        for got, wanted in zip(leaves_by_row(state, row), leaves_by_row(alone, row), strict=True):
+            np.testing.assert_array_equal(got, wanted)
+    for row in (0, 3):  # cut elsewhere: other matmul shapes
+        for got, wanted in zip(leaves_by_row(state, row), leaves_by_row(alone, row), strict=True):
+            np.testing.assert_allclose(got, wanted, rtol=2e-4, atol=2e-5)
+
+
+def test_a_permuted_batch_gives_permuted_rows_bit_for_bit() -> None:
+    rule = ttt.GateRule("online", "reconstruction")
+    reading = Reading(CHUNK, PADDED, rule, wants_nll=True)
+    params, tokens_BT = random_params(BASE), np.pad(TOKENS, ((0, 0), (0, PADDED - LENGTH)))
+    length_B, order_B = np.array([13, 5, 9, 12, 1]), np.array([3, 0, 4, 2, 1])
+    read = _documents(BASE, reading, params, tokens_BT, length_B, jnp.arange(ROWS), ttt.GateSettings())
+    permuted = _documents(
+        BASE, reading, params, tokens_BT[order_B], length_B[order_B], jnp.asarray(order_B), ttt.GateSettings()
+    )
+    np.testing.assert_array_equal(np.asarray(read.nll_BP)[order_B], permuted.nll_BP)
+    np.testing.assert_array_equal(np.asarray(read.decision.gate)[:, order_B], permuted.decision.gate)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
+def _documents(
+    config: ModelConfig, reading: Reading, params: Any, tokens: Any, length: Any, sequence: Any, settings: Any
+) -> Any:
+    eta = jnp.float32(config.ttt.eta if config.ttt else 0.0)
+    return read_documents(bind(config, params), reading, tokens, length, sequence, eta=eta, gate=settings)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_document_read_in_pieces_has_the_losses_of_the_full_forward(name: str) -> None:
+    config = dataclasses.replace(BASE, **CASES[name])
+    params = random_params(config)
+    tokens_BT = np.pad(TOKENS, ((0, 0), (0, PADDED - LENGTH)))
+    read = _documents(
+        config, Reading(CHUNK, PADDED, wants_nll=True), params, tokens_BT, np.full(ROWS, LENGTH), jnp.arange(ROWS),
+        ttt.GateSettings(),
+    )  # fmt: skip
+    nll_BT = np.asarray(read.nll_BP)
+    np.testing.assert_allclose(nll_BT[:, 1:LENGTH], forward(config, params, TOKENS)[1], rtol=2e-4, atol=2e-4)
+    assert (nll_BT[:, 0] == 0).all() and (nll_BT[:, LENGTH:] == 0).all()
+    np.testing.assert_array_equal(np.asarray(read.full_B), [[True, True, True, False]] * ROWS if config.ttt else False)
 
 
 def test_the_state_is_a_plain_tree_that_can_hold_shapes_and_shardings() -> None:
     def init() -> Any:
-        return init_decode_state(BASE, 2, LENGTH)
+        return start(BASE, Reading(CHUNK, LENGTH), 2)
 
     shapes, shardings = jax.eval_shape(init), jax.tree.map(lambda leaf: leaf.sharding, init())
     assert jax.tree.structure(shapes) == jax.tree.structure(init()) == jax.tree.structure(shardings)
-    assert shapes.ttt.s_BDF.shape == (2, 2, BASE.d_model, BASE.d_ff)
+    assert shapes.ttt.s_nBDF.shape == (2, 2, BASE.d_model, BASE.d_ff)

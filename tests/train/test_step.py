@@ -134,6 +134,24 @@ def test_microbatches_give_the_same_update():
         np.testing.assert_allclose(actual, expected, atol=1e-5 * scale)
 
 
+def test_random_gates_leave_chunks_out_and_differ_from_step_to_step():
+    def written(metrics: Any) -> float:
+        return float(metrics.ttt["delta"][0])
+
+    shut = compiled(with_train(gate_rate=0.0))(start(), BATCH)[1]
+    off = compiled(with_ttt(eta=0.0))(start(), BATCH)[1]
+    np.testing.assert_allclose(shut.loss, off.loss, rtol=FP32)
+    step = compiled(with_train(gate_rate=0.5))
+    first, again = (step(start(), BATCH)[1] for _ in range(2))
+    later = step(start() | {"step": jnp.int32(1)}, BATCH)[1]
+    assert first.loss == again.loss
+    everything = compiled(BASE)(start(), BATCH)[1]
+    assert len({written(x) for x in (shut, first, later, everything)}) == 4
+    assert written(shut) == 0 < min(written(first), written(later)) and written(first) < written(everything)
+    pieces = compiled(with_train(gate_rate=0.5, microbatches=4))(start(), BATCH)[1]
+    np.testing.assert_allclose(written(pieces), written(first), rtol=1e-5)
+
+
 def test_a_step_moves_every_parameter_and_counts():
     before = start()
     after, metrics = compiled(BASE)(before, BATCH)

@@ -36,21 +36,36 @@ def whole_row(conv, transform, seq_len=T):
     )  # fmt: skip
 
 
+def one_token(i, conv, transform, cache, length_B, active_B, eta, z_BF, x_BD):
+    """Reads a token of every active row and commits chunks that are full; returns what was read and the cache."""
+    o_B1D = ttt.read(cache, 0, z_BF[:, None], ttt.project(z_BF[:, None], i["w_down"]), i["w_down"], transform)
+    places_B1 = jnp.where(active_B, length_B % C, C)[:, None]
+    cache = ttt.remember(cache, 0, places_B1, z_BF[:, None], x_BD[:, None], o_B1D)
+    weights = ttt.FastWeights(i["w_down"][None], i["w_target"][None], i["conv"][None] if conv else None)
+    full_B = active_B & (length_B % C == C - 1)
+    cache, _ = ttt.commit(
+        cache, weights, full_B, eta=jnp.asarray(eta, jnp.float32), chunk_B=length_B // C, sequence_B=jnp.arange(ROWS),
+        transform=transform,
+    )  # fmt: skip
+    return o_B1D[:, 0], cache
+
+
+def empty_cache(dtype="float32"):
+    return ttt.init_cache(1, ROWS, C, D, F, jnp.dtype(dtype))
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def token_by_token(conv, transform, active_SB):
-    """Runs S decode steps; row b receives its next token in every step in which it is active."""
+    """Runs S steps; row b receives its next token in every step in which it is active."""
     i = inputs()
 
     def step(carry, active_B):
         cache, seen_B = carry
         here = jnp.arange(ROWS), jnp.minimum(seen_B, T - 1)
-        o_BD, cache = ttt.decode_projection(
-            i["z"][here], i["x"][here], i["w_down"], i["w_target"], i["conv"] if conv else None, cache, active_B,
-            eta=jnp.asarray(0.3), transform=transform,
-        )  # fmt: skip
+        o_BD, cache = one_token(i, conv, transform, cache, seen_B, active_B, 0.3, i["z"][here], i["x"][here])
         return (cache, seen_B + active_B.astype(jnp.int32)), (o_BD, seen_B, cache)
 
-    start = ttt.init_cache(ROWS, C, D, F, jnp.dtype("float32")), jnp.zeros((ROWS,), jnp.int32)
+    start = empty_cache(), jnp.zeros((ROWS,), jnp.int32)
     (cache, _), (o_SBD, seen_SB, caches) = jax.lax.scan(step, start, active_SB)
     return cache, o_SBD, seen_SB, caches
 
@@ -71,12 +86,11 @@ def schedules():
 def test_rows_out_of_step_equal_the_whole_row(conv, transform):
     wanted = np.asarray(whole_row(conv, TRANSFORMS[transform]).o_BTD)
     active_SB = schedules()
-    cache, o_SBD, seen_SB, _ = token_by_token(conv, TRANSFORMS[transform], active_SB)
+    _, o_SBD, seen_SB, _ = token_by_token(conv, TRANSFORMS[transform], active_SB)
     for b in range(ROWS):
         now = active_SB[:, b]
         assert now.sum() > 2 * C
         assert_close(o_SBD[now, b], wanted[b, np.asarray(seen_SB)[now, b]], 1e-5, f"row {b}")
-    assert_same(cache.filled_B, active_SB.sum(axis=0) % C)
 
 
 @pytest.mark.parametrize("length", [C - 1, C, C + 1, 2 * C - 1, 2 * C])
@@ -86,40 +100,37 @@ def test_the_cache_holds_the_state_of_the_committed_chunks(length):
     cache, *_ = token_by_token(True, TRANSFORMS["plain"], active_SB)
     committed = length // C * C
     wanted = whole_row(True, TRANSFORMS["plain"], committed).state.s_BDF if committed else np.zeros((ROWS, D, F))
-    assert_close(cache.s_BDF, wanted, 1e-5)
+    assert_close(cache.s_nBDF[0], wanted, 1e-5)
+    assert_same(cache.written_nB, committed // C)
 
 
 def test_an_inactive_row_keeps_its_cache_bit_for_bit():
     active_SB = schedules()
     *_, caches = token_by_token(True, TRANSFORMS["plain"], active_SB)
-    for name in ("s_BDF", "z_BCF", "x_BCD", "filled_B"):
-        before, after = np.asarray(getattr(caches, name))[:-1], np.asarray(getattr(caches, name))[1:]
+    for name in ("s_nBDF", "z_nBCF", "x_nBCD", "o_nBCD", "written_nB"):
+        stacked = np.asarray(getattr(caches, name))[:, 0]
+        before, after = stacked[:-1], stacked[1:]
         still_SB = ~active_SB[1:]
         assert np.any(still_SB)
         assert_same(after[still_SB], before[still_SB], name)
 
 
 def test_eta_zero_decodes_with_the_plain_projection():
-    i = inputs()
-    cache = ttt.init_cache(ROWS, C, D, F, jnp.dtype("float32"))
+    i, cache, everyone = inputs(), empty_cache(), jnp.ones((ROWS,), bool)
     for t in range(2 * C):
-        o_BD, cache = ttt.decode_projection(
-            i["z"][:, t], i["x"][:, t], i["w_down"], i["w_target"], i["conv"], cache, jnp.ones((ROWS,), bool),
-            eta=jnp.asarray(0.0),
-        )  # fmt: skip
+        at_B = jnp.full((ROWS,), t)
+        o_BD, cache = one_token(i, True, TRANSFORMS["plain"], cache, at_B, everyone, 0.0, i["z"][:, t], i["x"][:, t])
         assert_same(o_BD, ttt.project(i["z"][:, t : t + 1], i["w_down"])[:, 0])
-    assert_same(cache.s_BDF, 0.0)
+    assert_same(cache.s_nBDF, 0.0)
 
 
 def test_bf16_cache_keeps_the_state_in_fp32():
-    cache = ttt.init_cache(ROWS, C, D, F, jnp.dtype("bfloat16"))
-    assert (cache.s_BDF.dtype, cache.z_BCF.dtype, cache.x_BCD.dtype) == (jnp.float32, jnp.bfloat16, jnp.bfloat16)
+    cache, everyone = empty_cache("bfloat16"), jnp.ones((ROWS,), bool)
+    assert (cache.s_nBDF.dtype, cache.z_nBCF.dtype, cache.x_nBCD.dtype) == (jnp.float32, jnp.bfloat16, jnp.bfloat16)
     i = {name: leaf.astype(jnp.bfloat16) if name in ("z", "x") else leaf for name, leaf in inputs().items()}
     for t in range(C):
-        o_BD, cache = ttt.decode_projection(
-            i["z"][:, t], i["x"][:, t], i["w_down"], i["w_target"], i["conv"], cache, jnp.ones((ROWS,), bool),
-            eta=jnp.asarray(0.3),
-        )  # fmt: skip
+        at_B = jnp.full((ROWS,), t)
+        o_BD, cache = one_token(i, True, TRANSFORMS["plain"], cache, at_B, everyone, 0.3, i["z"][:, t], i["x"][:, t])
     assert o_BD.dtype == jnp.bfloat16
-    assert cache.s_BDF.dtype == jnp.float32
-    assert np.any(np.asarray(cache.s_BDF))
+    assert cache.s_nBDF.dtype == jnp.float32
+    assert np.any(np.asarray(cache.s_nBDF))

@@ -1,0 +1,53 @@
+"""Generates and reads gated documents on one device and on meshes, and prints both, as JSON.
+
+A process of its own because the number of CPU devices is fixed when JAX starts.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+
+from intttrain import ttt
+from intttrain.core.config import MeshConfig
+from intttrain.core.mesh import make_mesh
+from intttrain.core.sharding import named_shardings
+from intttrain.evals.gated import GatedDocuments
+from intttrain.model import Generator, Request, Sampling, logical_axes
+from tests.model.test_gates import MODEL, PARAMS, TOKENS
+
+MESHES = {"fsdp4": {"fsdp": 4}, "data2_tensor2": {"data": 2, "fsdp": 1, "tensor": 2}}
+RULE = ttt.GateRule("online", "reconstruction")
+PROMPTS = [TOKENS[n % 4, : 3 + 4 * n] for n in range(6)]
+
+
+def results(mesh: Any) -> dict[str, Any]:
+    """Continuations of six prompts in four rows, and losses and gates of documents under a rule."""
+    params = PARAMS
+    if mesh is not None:
+        params = jax.device_put(params, named_shardings(mesh, logical_axes(MODEL), params))
+    generator = Generator(MODEL, params, rows=4, max_tokens=40, gate=RULE, mesh=mesh, draws=4)
+    continuations: dict[int, list[int]] = {n: [] for n in range(len(PROMPTS))}
+    for piece in generator.run([Request(n, p, 7) for n, p in enumerate(PROMPTS)], Sampling(1.0, seed=3)):
+        continuations[piece.sequence] += piece.tokens.tolist()
+    rows = [type("Row", (), {"tokens_BT": tokens})() for tokens in TOKENS]
+    found = GatedDocuments(MODEL, params, rows, batch_rows=4, mesh=mesh).read(RULE, ttt.GateSettings())
+    return {
+        "continuations": [continuations[n] for n in continuations],
+        "nll": found.nll_NM.tolist(),
+        "gates": np.asarray(found.gates_NMn).tolist(),
+    }
+
+
+def main() -> None:
+    found = {"one": results(None)}
+    for name, sizes in MESHES.items():
+        found[name] = results(make_mesh(MeshConfig(**sizes), jax.devices()[:4]))
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
