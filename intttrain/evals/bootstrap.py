@@ -48,21 +48,7 @@ def bootstrap_level(nll_NP: np.ndarray, weight_NP: np.ndarray, *, samples: int, 
     """
     if nll_NP.shape != weight_NP.shape or nll_NP.ndim != 2:
         raise ValueError(f"losses {nll_NP.shape} and weights {weight_NP.shape} must be one N x P shape")
-    finite_P = np.isfinite(nll_NP).all(axis=0)
-    bits_NP = np.where(finite_P, nll_NP, 0.0) * BITS_PER_NAT
-    known_P = finite_P & (weight_NP.sum(axis=0) > 0)
-    spread_P = known_P & ((weight_NP > 0).sum(axis=0) > 1)
-    both_NQ = np.concatenate([bits_NP, weight_NP], axis=1)
-    both_SQ = np.concatenate([counts_SN @ both_NQ for counts_SN in _resample(len(nll_NP), samples, seed)])
-    sums_SP, weights_SP = np.split(both_SQ, 2, axis=1)
-    value_P, low_P, high_P = (np.full(nll_NP.shape[1], np.nan) for _ in range(3))
-    value_P[known_P] = bits_NP.sum(axis=0)[known_P] / weight_NP.sum(axis=0)[known_P]
-    tail = 50.0 * (1.0 - INTERVAL)
-    for p in np.flatnonzero(spread_P):
-        kept_S = weights_SP[:, p] > 0
-        if kept_S.any():
-            low_P[p], high_P[p] = np.percentile(sums_SP[kept_S, p] / weights_SP[kept_S, p], [tail, 100.0 - tail])
-    return Estimate(value_P, low_P, high_P)
+    return bootstrap_ratio(nll_NP * BITS_PER_NAT, weight_NP, samples=samples, seed=seed)
 
 
 def bootstrap_difference(
@@ -75,6 +61,40 @@ def bootstrap_difference(
     """
     with np.errstate(invalid="ignore"):  # inf - inf is NaN, which is what the column becomes
         return bootstrap_level(nll_NP - other_NP, weight_NP, samples=samples, seed=seed)
+
+
+def bootstrap_ratio(top_NP: np.ndarray, bottom_NP: np.ndarray, *, samples: int, seed: int) -> Estimate:
+    """Returns sum of the first over sum of the second with its interval.
+
+    A column whose denominator is not above zero is NaN, and a resample in which it is not is left out. Whether the
+    denominator is clear of zero at all is for the caller to find out. Arguments otherwise as in ``bootstrap_level``.
+    """
+    finite_P = (np.isfinite(top_NP) & np.isfinite(bottom_NP)).all(axis=0)
+    top_NP, bottom_NP = (np.where(finite_P, x_NP, 0.0) for x_NP in (top_NP, bottom_NP))
+    known_P = finite_P & (bottom_NP.sum(axis=0) > 0)
+    spread_P = known_P & ((bottom_NP != 0).sum(axis=0) > 1)
+    both_SQ = resampled_sums(np.concatenate([top_NP, bottom_NP], axis=1), samples=samples, seed=seed)
+    tops_SP, bottoms_SP = np.split(both_SQ, 2, axis=1)
+    value_P, low_P, high_P = (np.full(top_NP.shape[1], np.nan) for _ in range(3))
+    value_P[known_P] = top_NP.sum(axis=0)[known_P] / bottom_NP.sum(axis=0)[known_P]
+    for p in np.flatnonzero(spread_P):
+        kept_S = bottoms_SP[:, p] > 0
+        low_P[p], high_P[p] = interval(tops_SP[kept_S, p] / bottoms_SP[kept_S, p])
+    return Estimate(value_P, low_P, high_P)
+
+
+def resampled_sums(sum_NQ: np.ndarray, *, samples: int, seed: int) -> np.ndarray:
+    """Returns S x Q: the columns summed over the documents of each resample; the same seed draws the same documents."""
+    return np.concatenate([counts_SN @ sum_NQ for counts_SN in _resample(len(sum_NQ), samples, seed)])
+
+
+def interval(statistic_S: np.ndarray) -> tuple[float, float]:
+    """Returns the ends of the percentile interval, NaN without a value."""
+    if not len(statistic_S):
+        return math.nan, math.nan
+    tail = 50.0 * (1.0 - INTERVAL)
+    low, high = np.percentile(statistic_S, [tail, 100.0 - tail])
+    return float(low), float(high)
 
 
 def _resample(documents: int, samples: int, seed: int) -> Iterator[np.ndarray]:

@@ -64,7 +64,7 @@ def save_figure(
     if differences:
         _draw_differences(axes[1], unit, edges, differences)
     figure.suptitle(title, fontsize=11)
-    _publish(figure, path)
+    publish(figure, path)
 
 
 def _draw_levels(axes: Axes, unit: str, edges: tuple[int, ...], levels: Mapping[str, Estimate]) -> None:
@@ -129,8 +129,12 @@ def _near(value_P: np.ndarray, shown: np.ndarray) -> bool:
     return bool(finite.min() <= curves.max() + slack and finite.max() >= curves.min() - slack)
 
 
-def _publish(figure: Figure, path: Path) -> None:
-    """Writes a hidden sibling and renames it."""
+def publish(figure: Figure, path: Path) -> None:
+    """Writes a PNG file, which appears whole or not at all: a hidden sibling is renamed.
+
+    Raises:
+      UserError: the file exists and is not empty, or cannot be written.
+    """
     if path.is_dir() or (path.exists() and path.stat().st_size > 0):
         raise UserError(f"figure {path} exists and is never overwritten; choose another path or remove it first")
     partial = path.parent / f".{path.name}.partial-{secrets.token_hex(4)}"

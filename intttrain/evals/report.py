@@ -6,7 +6,6 @@ Letters: N documents, P position buckets, Q = P + 1 columns: the buckets and, la
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 from intttrain.core.config import EvalConfig
 from intttrain.evals.bootstrap import INTERVAL, Estimate, bootstrap_difference, bootstrap_level
 from intttrain.evals.positions import PositionLosses
+from intttrain.evals.tables import aligned, estimate_json, finite, number, with_interval
 
 CONDITIONS = ("on", "off", "dense")
 BASELINES = ("unigram", "bigram")
@@ -85,9 +85,21 @@ class PositionReport:
             "end": end,  # one past the last
             "documents": int(self.documents_Q[q]),
             "tokens": int(self.tokens_Q[q]),
-            "state_norm": None if self.state_norm_Q is None else _finite(self.state_norm_Q[q]),
-            "levels": {name: _estimate_json(estimate, q) for name, estimate in self.levels.items()},
-            "differences": {name: _estimate_json(estimate, q) for name, estimate in self.differences.items()},
+            "state_norm": None if self.state_norm_Q is None else finite(self.state_norm_Q[q]),
+            "levels": {name: estimate_json(estimate, q) for name, estimate in self.levels.items()},
+            "differences": {name: estimate_json(estimate, q) for name, estimate in self.differences.items()},
+        }
+
+    def scalars(self) -> dict[str, float]:
+        """Returns bits by metric name: ``on`` and ``on-off`` over all positions, ``on/0-255`` in a bucket.
+
+        Buckets that no document reaches are left out.
+        """
+        return {
+            name.replace(" ", "") + ("" if column == "all" else f"/{column}"): float(estimate.value_P[q])
+            for name, estimate in (self.levels | self.differences).items()
+            for q, column in enumerate(self.columns)
+            if self.tokens_Q[q] > 0
         }
 
     def table(self) -> str:
@@ -112,17 +124,19 @@ class PositionReport:
         for q, column in enumerate(self.columns):
             line = [column, str(int(self.documents_Q[q])), str(int(self.tokens_Q[q]))]
             for name, estimate in self.levels.items():
-                line.append(_number(estimate.value_P[q]) if name in BASELINES else _with_interval(estimate, q))
+                # Documents differ so much that the third digit of a level's interval is noise.
+                baseline = name in BASELINES
+                line.append(number(estimate.value_P[q]) if baseline else with_interval(estimate, q, interval_digits=2))
             if self.state_norm_Q is not None:
-                line.append(_number(self.state_norm_Q[q], digits=2))
+                line.append(number(self.state_norm_Q[q], digits=2))
             cells.append(line)
-        return _aligned(cells)
+        return aligned(cells)
 
     def _difference_lines(self) -> list[str]:
         cells = [["position", *self.differences]]
         for q, column in enumerate(self.columns):
-            cells.append([column, *(_with_interval(e, q, signed=True) for e in self.differences.values())])
-        return _aligned(cells)
+            cells.append([column, *(with_interval(e, q, signed=True) for e in self.differences.values())])
+        return aligned(cells)
 
     def _meaning(self) -> str:
         parts = {
@@ -246,39 +260,3 @@ def _where(names: Sequence[str], chosen_P: np.ndarray) -> str:
         return "all positions"
     chosen = [name for name, taken in zip(names, chosen_P, strict=True) if taken]
     return f"positions {', '.join(chosen[:3])}" + (f" and {len(chosen) - 3} more buckets" if len(chosen) > 3 else "")
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
-
-
-def _estimate_json(estimate: Estimate, q: int) -> dict[str, float | None]:
-    return {
-        "value": _finite(estimate.value_P[q]),
-        "low": _finite(estimate.low_P[q]),
-        "high": _finite(estimate.high_P[q]),
-    }
-
-
-def _number(value: float, *, signed: bool = False, digits: int = 3) -> str:
-    if not math.isfinite(value):
-        return "n/a"
-    # Adding 0.0 after rounding turns -0.0 into 0.0, so that "no difference" has no sign of its own.
-    rounded = round(float(value), digits) + 0.0
-    return f"{rounded:{'+' if signed and rounded else ''}.{digits}f}"
-
-
-def _with_interval(estimate: Estimate, q: int, *, signed: bool = False) -> str:
-    """Levels differ so much between documents that the third digit of their interval is noise."""
-    value = _number(estimate.value_P[q], signed=signed)
-    low, high = (_number(x[q], signed=signed, digits=3 if signed else 2) for x in (estimate.low_P, estimate.high_P))
-    return value if low == "n/a" else f"{value} [{low}, {high}]"
-
-
-def _aligned(cells: list[list[str]]) -> list[str]:
-    """Returns one line per row of cells: the first column left, the others right aligned."""
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return [
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]).rstrip()
-        for line in cells
-    ]
