@@ -6,6 +6,7 @@ training met a non-finite step, 128 + signal number when a run was interrupted (
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import re
@@ -18,6 +19,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
+from intttrain.core.config_eval import GATES, SIGNALS
 from intttrain.core.errors import UserError, did_you_mean
 
 Command = Callable[[flags.FlagValues], int]
@@ -29,7 +31,7 @@ USAGE = """usage: intttrain COMMAND [--flag=value ...]
   prepare    text -> token stores
   train      train, or continue the run in --workdir
   plan       compile the training step for a TPU topology; memory, time, what to change
-  eval       held-out loss by position, update on and off, beside a dense run
+  eval       held-out loss by position or context, gating study, RULER, HumanEval
   generate   continue a prompt
   export     checkpoint -> Hugging Face folder
 
@@ -183,6 +185,10 @@ def _string(name: str, help_text: str, *, required: bool = False) -> Define:
     return define
 
 
+def _strings(name: str, help_text: str) -> Define:
+    return lambda values: flags.DEFINE_multi_string(name, None, help_text, flag_values=values)
+
+
 def _integer(name: str, default: int | None, help_text: str) -> Define:
     return lambda values: flags.DEFINE_integer(name, default, help_text, flag_values=values, lower_bound=0)
 
@@ -207,13 +213,11 @@ def _all(*definitions: Define) -> Define:
     return define
 
 
-def _command(name: str) -> Command:
+def _command(name: str, module: str = "commands") -> Command:
     """Imports the command when it runs: ``--help`` and bad flags answer without loading JAX."""
 
     def call(values: flags.FlagValues) -> int:
-        from intttrain.app import commands
-
-        return getattr(commands, name)(values)
+        return getattr(importlib.import_module(f"intttrain.app.{module}"), name)(values)
 
     return call
 
@@ -243,23 +247,33 @@ COMMANDS: dict[str, tuple[str, Define, Command]] = {
         _command("plan_step"),
     ),
     "eval": (
-        "held-out loss by position",
+        "held-out loss by position; more with --task",
         _all(
             _config_flag, _WORKDIR, _STEP,
+            _switch("follow", "evaluate every checkpoint, also those still to come, until the run is finished"),
+            _enum("task", "positions", ["positions", "context", "gating", "ruler", "code"], "what to evaluate"),
             _string("dense_workdir", "a run of the same model trained without TTT, to compare with"),
+            _string("ruler_data", "folder of RULER's samples, to share between runs (default: beside the results)"),
+            _switch("execute_model_code", "let --task=code run programs that the model wrote, in a sandbox"),
         ),
-        _command("evaluate_model"),
+        _command("evaluate_model", "evaluate"),
     ),
     "generate": (
         "continue a prompt",
         _all(
-            _WORKDIR, _STEP, _string("prompt", "text to continue", required=True),
+            _WORKDIR, _STEP, _strings("prompt", "text to continue; may be repeated; without it, the terminal is read"),
             _integer("max_new_tokens", 256, "length of the continuation"),
             _float("temperature", 0.8, "0 takes the most likely token"),
+            _integer("top_k", 0, "draw from so many of the most likely tokens; 0 = all"),
+            _float("top_p", 1.0, "draw from the most likely tokens that together have this probability"),
             _integer("seed", 0, "of the sampling"),
             _enum("update", "on", ["on", "off"], "whether the model learns while it reads"),
+            _enum("gate", "always", list(GATES), "which chunks it learns from"),
+            _enum("gate_signal", "reconstruction", list(SIGNALS), "what the gate looks at"),
+            _enum("gate_on", "high", ["high", "low"], "which signals make a chunk worth learning"),
+            _float("gate_rate", 0.5, "wanted share of chunks"),
         ),
-        _command("generate_text"),
+        _command("generate_text", "generate"),
     ),
     "export": (
         "checkpoint -> Hugging Face folder",

@@ -8,24 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from absl import flags
 
 from intttrain.app.loop import NonFiniteError, train
-from intttrain.app.runs import Trained, load_trained, parameter_counts
-from intttrain.core.config import Config, as_dict, check_consistent, resolve
+from intttrain.app.runs import load_trained, parameter_counts
+from intttrain.core.config import Config, as_dict, resolve
 from intttrain.core.distributed import process_index, start_distributed
 from intttrain.core.dotted import flatten
 from intttrain.core.errors import UserError
 from intttrain.core.files import write_json
-from intttrain.core.mesh import make_mesh
 from intttrain.core.progress import human_count
-from intttrain.core.sharding import check_evaluation
-from intttrain.core.stages import make_stages, stage_before
-from intttrain.data import TokenStore, document_rows, prepare
-from intttrain.evals import evaluate_run
+from intttrain.core.stages import make_stages
+from intttrain.data import prepare
 from intttrain.interop import export_model
-from intttrain.model import generate
 
 
 def report(line: str) -> None:
@@ -152,85 +147,6 @@ def _planned_stage(config: Config, number: int | None) -> Config:
         names = "; ".join(map(str, stages))
         raise UserError(f"{given}: {config.name} has {len(stages)} ({names}); use --stage=1 to --stage={len(stages)}")
     return dataclasses.replace(stages[number - 1].config, name=f"{config.name}-stage-{number}")
-
-
-def evaluate_model(values: flags.FlagValues) -> int:
-    """Evaluates a checkpoint by position and writes WORKDIR/eval/STEP/positions.{json,png}."""
-    config, workdir = resolve(values.config), Path(values.workdir)
-    start_distributed()
-    mesh = make_mesh(config.mesh)
-    trained = load_trained(workdir, values.step, mesh=mesh)
-    if trained.config.model != stage_before(make_stages(config), trained.step).config.model:
-        report("note: the model is the one in --workdir; model.* of --config is not used")
-    own = trained.config
-    whole = dataclasses.replace(config.train, stages=())
-    config = dataclasses.replace(config, name=own.name, model=own.model, prepare=own.prepare, train=whole)
-    check_consistent(config)
-    check_evaluation(config, mesh)
-    dense = None
-    if values.dense_workdir is not None:
-        dense = _load_twin(trained, Path(values.dense_workdir), mesh)
-    if config.data.heldout is None:
-        raise UserError("data.heldout is not set; name the held-out token store to evaluate on")
-    heldout = TokenStore.open(config.data.heldout)
-    heldout.check_tokenizer(trained.tokenizer.fingerprint)
-    rows = document_rows(
-        heldout, seq_len=config.eval.seq_len, min_document_tokens=config.eval.min_document_tokens,
-        max_documents=config.eval.documents, seed=config.eval.seed,
-    )  # fmt: skip
-    store = TokenStore.open(config.data.train[0].path) if config.data.train else None  # for the n-gram baselines
-    if store is not None:
-        store.check_tokenizer(trained.tokenizer.fingerprint)
-    result = evaluate_run(
-        config, trained.params, dense=dense, heldout_rows=rows.rows, train_store=store, mesh=mesh,
-        report=report if process_index() == 0 else lambda line: None,
-    )  # fmt: skip
-    if process_index() != 0:
-        return 0
-    print(result.table())
-    folder = _free_folder(workdir / "eval" / str(trained.step))
-    content = {"step": trained.step, **result.to_json()}
-    write_json(folder / "positions.json", content)
-    result.plot(folder / "positions.png")
-    print(f"\nplot {folder / 'positions.png'}\njson {folder / 'positions.json'}")
-    return _finish(values, content)
-
-
-def _free_folder(wanted: Path) -> Path:
-    """Returns ``wanted``, or ``wanted-2``, ... : an evaluation never replaces an earlier one."""
-    folder, number = wanted, 1
-    while folder.exists():
-        number += 1
-        folder = wanted.with_name(f"{wanted.name}-{number}")
-    return folder
-
-
-def _load_twin(trained: Trained, workdir: Path, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
-    """Returns model section and parameters of the dense run after checking that a comparison makes sense."""
-    twin = load_trained(workdir, None, flag="--dense_workdir", mesh=mesh)
-    if twin.config.model.ttt is not None:
-        raise UserError(f"--dense_workdir={workdir} was trained with TTT; name a run with model.ttt=None")
-    if twin.tokenizer.fingerprint != trained.tokenizer.fingerprint:
-        raise UserError(f"--dense_workdir={workdir} was trained with another tokenizer; losses cannot be compared")
-    if twin.step != trained.step:
-        report(f"warning: the dense run is at step {twin.step}, the evaluated one at {trained.step}")
-    return twin.config.model, twin.params
-
-
-def generate_text(values: flags.FlagValues) -> int:
-    """Prints the continuation of a prompt."""
-    trained = load_trained(Path(values.workdir), values.step)
-    prompt = trained.tokenizer.encode(values.prompt)
-    if not len(prompt):
-        raise UserError('--prompt="" has no token to start from; give some text')
-    continuation = generate(
-        trained.config.model, trained.params, [np.asarray(prompt)], max_new_tokens=values.max_new_tokens,
-        temperature=values.temperature, seed=values.seed, stop_token=trained.tokenizer.end_of_document,
-        eta=0.0 if values.update == "off" else None,
-    )[0]  # fmt: skip
-    text = trained.tokenizer.decode(continuation)
-    print(values.prompt + text)
-    return _finish(values, {"prompt": values.prompt, "text": text, "step": trained.step, "update": values.update})
 
 
 def export_checkpoint(values: flags.FlagValues) -> int:

@@ -14,6 +14,7 @@ from typing import cast
 import jax.numpy as jnp
 import numpy as np
 
+from intttrain.app.live import LiveEvaluation
 from intttrain.app.runs import Identity, claim_workdir, make_identity, parameter_counts
 from intttrain.core.agreement import largest, on_first_process
 from intttrain.core.config import Config
@@ -21,6 +22,7 @@ from intttrain.core.distributed import process_count, process_index
 from intttrain.core.errors import UserError
 from intttrain.core.metrics import MetricWriters, make_metric_writers
 from intttrain.core.progress import StepTimer, human_count
+from intttrain.core.sharding import check_evaluation
 from intttrain.core.stages import Stage, make_stages, stage_after
 from intttrain.data import Batch, describe_rows, make_batches, make_row_dataset
 from intttrain.train import (
@@ -73,6 +75,7 @@ def train(config: Config, workdir: Path, *, stop_at_step: int | None, report: Ca
     stages = make_stages(config)
     programs = [_make_program(stage) for stage in stages]  # compiles nothing: what does not fit is refused here
     identity = make_identity(config)
+    evaluation = LiveEvaluation(config, report)
     on_first_process(lambda: claim_workdir(workdir, identity))
     with (
         _Interrupts(config) as interrupts,
@@ -96,11 +99,13 @@ def train(config: Config, workdir: Path, *, stop_at_step: int | None, report: Ca
                 state, metrics = program.step(state, program.place(next(batches)))
                 bad = log.read_one_late(step + 1, cursor, metrics)
                 step, cursor = step + 1, stage.cursor_after(cursor)
-                ends = step == stage.until_step
-                if bad or ((ends or checkpoints.should_save(step)) and (bad := log.read_rest())):
+                ends, evaluates = step == stage.until_step, evaluation.is_due(step)
+                if bad or ((ends or evaluates or checkpoints.should_save(step)) and (bad := log.read_rest())):
                     _save_and_refuse(stage, checkpoints, state, identity, bad)
                 with log.timer.excluded():
                     checkpoints.save(step, dict(state), identity.info(step, cursor), force=ends)
+                    if evaluates:
+                        writers.write(step, evaluation.evaluate(step, stage.config, state["params"], program.mesh))
             if bad := log.read_rest():
                 _save_and_refuse(stage, checkpoints, state, identity, bad)
             checkpoints.save(step, dict(state), identity.info(step, cursor), force=True)
@@ -111,7 +116,10 @@ def train(config: Config, workdir: Path, *, stop_at_step: int | None, report: Ca
 def _make_program(stage: Stage) -> Program:
     """Returns the programs of a stage; a refusal names it."""
     try:
-        return make_program(stage.config)
+        program = make_program(stage.config)
+        if stage.config.eval.every_steps is not None:
+            check_evaluation(stage.config, program.mesh)
+        return program
     except UserError as error:
         where = f"train.stages[{stage.number - 1}]: " if stage.count > 1 else ""
         raise UserError(f"{where}{error}") from None

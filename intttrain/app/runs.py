@@ -89,6 +89,20 @@ def _read_identity(path: Path) -> Identity:
         raise UserError(f"{path} cannot be read as the configuration of a run ({error}); restore it") from None
 
 
+def has_run(workdir: Path) -> bool:
+    """Returns whether a run has claimed ``workdir``."""
+    return (workdir / CONFIG_FILE).exists()
+
+
+def last_step(workdir: Path) -> int:
+    """Returns the step with which the run in ``workdir`` ends. Raises ``UserError`` if its file is damaged."""
+    return _run_config(_read_identity(workdir / CONFIG_FILE)).train.num_steps
+
+
+def _run_config(identity: Identity) -> Config:
+    return resolve(unflatten(identity.flat_config))
+
+
 @dataclasses.dataclass(frozen=True)
 class Trained:
     """A model read back from a workdir; ``config`` is that of the stage that made ``step``."""
@@ -112,10 +126,10 @@ def load_trained(
     Raises:
       UserError: no run, no such step, a damaged checkpoint, or the tokenizer file changed or went away.
     """
-    if not (workdir / CONFIG_FILE).exists():
+    if not has_run(workdir):
         raise UserError(f"{flag}={workdir} holds no run ({CONFIG_FILE} is missing); train first or correct the path")
     identity = _read_identity(workdir / CONFIG_FILE)
-    config = resolve(unflatten(identity.flat_config))
+    config = _run_config(identity)
     with Checkpoints(workdir / "checkpoints", config.train.checkpoint, read_only=True) as checkpoints:
         step = checkpoints.latest_step() if step is None else step
         if step is None:

@@ -8,7 +8,7 @@ import jax
 
 from intttrain.core.config import Config, ModelConfig
 from intttrain.core.errors import UserError
-from intttrain.core.progress import Progress, human_count
+from intttrain.core.progress import LineStream, Progress, human_count
 from intttrain.data import Batch, TokenStore
 from intttrain.evals.ngram import DEFAULT_MAX_TOKENS, count_ngrams, evaluate_ngrams
 from intttrain.evals.positions import PositionLosses, evaluate_positions
@@ -51,7 +51,7 @@ def evaluate_run(
     losses: dict[str, PositionLosses] = {}
     report(f"scoring {len(heldout_rows)} documents of up to {config.eval.seq_len} tokens: {', '.join(conditions)}")
     for name, (model_config, model_params, eta) in conditions.items():
-        progress = Progress(f"{name} documents", total=len(heldout_rows), stream=_Lines(report))
+        progress = Progress(f"{name} documents", total=len(heldout_rows), stream=LineStream(report))
         losses[name] = evaluate_positions(
             model_config, model_params, heldout_rows, config.eval, eta=eta, mesh=mesh, on_rows=progress.advance
         )
@@ -92,23 +92,8 @@ def _baselines(
 ) -> dict[str, PositionLosses]:
     tokens = min(store.num_tokens, max_tokens)
     report(f"counting unigrams and bigrams in {human_count(tokens)} of {human_count(store.num_tokens)} training tokens")
-    progress = Progress("n-gram tokens", total=tokens, stream=_Lines(report))
+    progress = Progress("n-gram tokens", total=tokens, stream=LineStream(report))
     counts = count_ngrams(store, max_tokens=max_tokens, on_tokens=progress.advance)
     unigram, bigram = evaluate_ngrams(counts, rows, config.eval.position_edges)
     report(progress.line())
     return {"unigram": unigram, "bigram": bigram}
-
-
-class _Lines:
-    """Hands what ``print`` writes to ``report``, without the line ends."""
-
-    def __init__(self, report: Report) -> None:
-        self._report = report
-
-    def write(self, text: str, /) -> None:
-        """Passes one line on."""
-        if text.strip():
-            self._report(text)
-
-    def flush(self) -> None:
-        """Nothing is held back."""

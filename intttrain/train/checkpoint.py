@@ -96,7 +96,7 @@ class Checkpoints:
         self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
         try:
             # Kept from before the first save: processes that list the directory later could see different steps.
-            self._found = frozenset(self._steps())
+            self._found = frozenset(self.steps())
             self._manager = None if read_only else self._make_manager()
         except OSError as error:
             reason = error.strerror or str(error)
@@ -216,9 +216,10 @@ class Checkpoints:
 
     def latest_step(self) -> int | None:
         """Returns the newest step on disk (unfinished saves do not count), or ``None``."""
-        return max(self._steps(), default=None)
+        return max(self.steps(), default=None)
 
-    def _steps(self) -> list[int]:
+    def steps(self) -> list[int]:
+        """Returns the steps on disk, increasing; unfinished saves do not count."""
         return sorted(ocp.utils.checkpoint_steps(self._directory)) if self._directory.is_dir() else []
 
     def restore_latest(self, abstract_state: Mapping[str, PyTree]) -> tuple[dict[str, PyTree], CheckpointInfo]:
@@ -258,7 +259,7 @@ class Checkpoints:
 
     def _read(self, step: int) -> tuple[CheckpointInfo, dict[str, dict[str, Any]]]:
         self.wait()
-        steps = self._steps()
+        steps = self.steps()
         if step not in steps:
             choices = f"choose from {', '.join(map(str, steps))}" if steps else "the directory holds none"
             raise UserError(f"there is no checkpoint step {step} in {self._directory}; {choices}")
@@ -303,7 +304,7 @@ class Checkpoints:
 
     def _damaged(self, step: int, reason: str) -> UserError:
         folder = self._directory / str(step)
-        earlier = [other for other in self._steps() if other < step and _looks_complete(self._directory / str(other))]
+        earlier = [other for other in self.steps() if other < step and _looks_complete(self._directory / str(other))]
         if earlier:
             advice = f"step {earlier[-1]} is complete: use --step={earlier[-1]}, or delete {folder} to go on from there"
         else:

@@ -2,8 +2,9 @@
 
     python -m tests.app.staged FOLDER
 
-Prints as JSON the checksums of both runs, what was reported, which model is read back and how many labels the text of
-each step has. A process of its own because the number of CPU devices is fixed when JAX starts.
+Prints as JSON the checksums of both runs, what was reported, which model is read back, how many labels the text of
+each step has, and what ``eval --follow`` finds at the end of each stage. A process of its own because the number of CPU
+devices is fixed when JAX starts.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def main() -> None:
         (root / "corpus" / f"{document:03}.txt").write_text(f"{document}" + "abc defgh"[document % 5 :] * (length // 3))
     text = CONFIG_TEXT.format(root=str(root), num_steps=6, batch_rows=2)
     end = "    return config"
-    (root / "small.py").write_text(text.replace(end, f"    config.train.stages = {STAGES}\n{end}"))
+    evaluation = "    config.eval.every_steps, config.eval.batch_rows = 2, 8\n"
+    (root / "small.py").write_text(text.replace(end, f"    config.train.stages = {STAGES}\n{evaluation}{end}"))
     done("prepare", config, f"--output={root / 'data'}")
 
     def train(workdir: Path, *flags: str) -> str:
@@ -62,7 +64,12 @@ def main() -> None:
     thetas = [load_trained(straight, step).config.model.rope.theta for step in (2, 4, 6)]
     blocks = make_row_dataset(dataclasses.replace(config_of(straight).data, seq_len=128), 257)
     labels = [int(sum(blocks[row].loss_weights_BT.sum() for row in (2 * step, 2 * step + 1))) for step in range(6)]
-    print(json.dumps({"reports": lines, "thetas": thetas, "labels": labels, **found}))
+    done("eval", config, f"--workdir={straight}", "--follow", "--config.data.train=()")
+    evaluated = {
+        path.parent.name: json.loads(path.read_text())["all"]["levels"]["on"]["value"]
+        for path in straight.glob("eval/*/positions.json")
+    }
+    print(json.dumps({"reports": lines, "thetas": thetas, "labels": labels, "evaluated": evaluated, **found}))
 
 
 if __name__ == "__main__":

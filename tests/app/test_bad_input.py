@@ -50,7 +50,7 @@ def new(tmp_path: Path) -> Path:
         ("train {config}", ["missing --workdir=..."]),
         ("prepare {config}", ["missing --output=..."]),
         ("eval {config}", ["missing --workdir=..."]),
-        ("generate --workdir={new}", ["missing --prompt=..."]),
+        ("generate --workdir={new} --prompt=a --gate=sometimes", ["--gate=sometimes", "always|never"]),
         ("export --workdir={new}", ["missing --output=..."]),
         ("train {config} --workdir={new} again", ["unexpected argument 'again'", "--flag=value"]),
         ("train {config} --workdri={new}", ["'workdri'", "workdir"]),

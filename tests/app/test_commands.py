@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -117,9 +118,10 @@ def test_generate(wild: tuple[Path, str], tmp_path: Path) -> None:
         command = ("generate", f"--workdir={wild[0]}", f"--prompt={PROMPT}", "--max_new_tokens=12")
         out = done(*command, f"--json={tmp_path / 'g.json'}", *flags).out
         result = json.loads((tmp_path / "g.json").read_text())
-        assert result["prompt"] == PROMPT and out == PROMPT + result["text"] + "\n"
+        (found,) = result["continuations"]
+        assert found["prompt"] == PROMPT and out == PROMPT + found["text"] + "\n"
         assert result["step"] == 5 and result["update"] == ("off" if "--update=off" in flags else "on")
-        return str(result["text"])
+        return str(found["text"])
 
     with unchanged(wild[0]):
         first = continuation("--seed=1")
@@ -128,6 +130,23 @@ def test_generate(wild: tuple[Path, str], tmp_path: Path) -> None:
         likely = continuation("--temperature=0")
         assert continuation("--temperature=0", "--seed=2") == likely
         assert continuation("--temperature=0", "--update=off") != likely
+        assert continuation("--temperature=0", "--gate=never") == continuation("--temperature=0", "--update=off")
+
+
+def test_generate_many_and_in_turns(wild: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Prompts of a batch do not see each other; lines of a talk are one document."""
+    command = ("generate", f"--workdir={wild[0]}", "--max_new_tokens=4", "--temperature=0")
+    second = "another prompt of another length"
+    alone = [done(*command, f"--prompt={prompt}").out for prompt in (PROMPT, second)]
+    out = done(*command, f"--prompt={PROMPT}", f"--prompt={second}").out
+    assert sorted(out.split("\n[")) and all(text.rstrip("\n") in out for text in alone)
+
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{PROMPT}\n{second}\n\nnever read\n"))
+    done(*command, f"--json={tmp_path / 't.json'}")
+    turns = json.loads((tmp_path / "t.json").read_text())["turns"]
+    assert [turn["prompt"] for turn in turns] == [PROMPT, second]
+    document = f"{PROMPT}\n{turns[0]['text']}{second}\n"
+    assert done(*command, f"--prompt={document}").out == document + turns[1]["text"] + "\n"
 
 
 def test_export(straight: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ FLAGS = (
     "--config.mesh.data=2", "--config.mesh.context=4",  # two processes share rows when there are four
     "--config.train.checkpoint.every_steps=2", "--config.train.log_every_steps=1",
 )  # fmt: skip
+EVALUATE = "--config.eval.every_steps=3"  # and at the end, in another stage where there are two
 
 
 def launch(
@@ -46,7 +47,12 @@ def launch(
 
 def losses(workdir: Path) -> dict[int, tuple[float, float]]:
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return {record["step"]: (record["loss"], record["grad_norm"]) for record in records}
+    return {record["step"]: (record["loss"], record["grad_norm"]) for record in records if "loss" in record}
+
+
+def evaluations(workdir: Path) -> dict[int, tuple[float, float]]:
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {record["step"]: (record["eval/on"], record["eval/off"]) for record in records if "eval/on" in record}
 
 
 def arrays(workdir: Path, step: int) -> dict[str, int]:
@@ -58,10 +64,10 @@ def arrays(workdir: Path, step: int) -> dict[str, int]:
 def test_four_processes_train_as_one_and_each_goes_on_from_the_other(world: World, tmp_path: Path) -> None:
     """Both layouts straight through; and each stopped half-way, to be finished by the other."""
     one, four, one_four, four_one = (tmp_path / name for name in ("one", "four", "one_four", "four_one"))
-    launch(world, 1, 8, one)
+    launch(world, 1, 8, one, EVALUATE)
     # One of them goes on from one mesh to another between two stages, which changes nothing but who holds what.
     stages = [{"until_step": 3, "overrides": {}}, {"until_step": 4, "overrides": {"mesh.fsdp": 2, "mesh.context": 2}}]
-    output = launch(world, 4, 2, four, stages=stages, program=f"tests.app.counting {tmp_path / 'counts'}")
+    output = launch(world, 4, 2, four, EVALUATE, stages=stages, program=f"tests.app.counting {tmp_path / 'counts'}")
     assert output.count("finished at step 4") == 1, "only process 0 reports"
     launch(world, 1, 8, one_four, "--stop_at_step=2")
     assert "resumed at step 2" in launch(world, 4, 2, one_four)
@@ -87,6 +93,10 @@ def test_four_processes_train_as_one_and_each_goes_on_from_the_other(world: Worl
         assert sorted(found) == [1, 2, 3, 4]
         for step, values in wanted.items():
             np.testing.assert_allclose(found[step], values, rtol=2e-5, err_msg=f"{workdir.name} step {step}")
+    # Evaluating changes nothing: these two are compared above with runs that do not.
+    assert sorted(evaluations(one)) == sorted(evaluations(four)) == [3, 4]
+    for step, values in evaluations(one).items():
+        np.testing.assert_allclose(evaluations(four)[step], values, rtol=2e-5, err_msg=f"step {step}")
     # What was resumed is what was saved, to the bit, and the other layout left it as it was.
     for first, resumed in ((one, one_four), (four, four_one)):
         assert arrays(first, 2) == arrays(resumed, 2)

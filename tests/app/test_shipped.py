@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from intttrain.app import commands
+from intttrain.app import commands, evaluate, generate
 from intttrain.app.cli import COMMANDS
 from tests.app.small import REPO, cli, done, error_line
 
@@ -127,9 +127,14 @@ def test_demo_flags_exist_and_its_values_fit(demo: Demo, monkeypatch: pytest.Mon
     """Every call gets through the real command line, up to the work itself."""
     _, calls = demo.run()
     reached = []
-    names = ("show_config", "prepare_stores", "train_model", "evaluate_model", "generate_text", "export_checkpoint")
-    for name in names:
-        monkeypatch.setattr(commands, name, lambda values: reached.append(values) or 0)
+    homes = {
+        commands: ("show_config", "prepare_stores", "train_model", "export_checkpoint"),
+        evaluate: ("evaluate_model",),
+        generate: ("generate_text",),
+    }
+    for module, names in homes.items():
+        for name in names:
+            monkeypatch.setattr(module, name, lambda values: reached.append(values) or 0)
     monkeypatch.chdir(demo.folder)
     for call in calls:
         done(*call)

@@ -1,0 +1,280 @@
+"""``intttrain eval``: one command, a function for each ``--task``."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+
+from intttrain import ttt
+from intttrain.app.follow import follow_run
+from intttrain.app.runs import Trained, load_trained
+from intttrain.core.config import Config, ModelConfig, check_consistent, resolve
+from intttrain.core.config_eval import GateConfig
+from intttrain.core.distributed import process_index, start_distributed
+from intttrain.core.errors import UserError
+from intttrain.core.files import write_json
+from intttrain.core.mesh import make_mesh
+from intttrain.core.sharding import check_evaluation
+from intttrain.core.stages import make_stages, stage_before
+from intttrain.data import Batch, TokenStore, document_rows
+from intttrain.evals import Complete, Completer, evaluate_ruler, evaluate_run, prepare_ruler, study_gates
+from intttrain.evals.code import evaluate_code
+from intttrain.evals.context import Condition, evaluate_contexts
+from intttrain.model import Generator, Params
+
+
+def report(line: str) -> None:
+    """Prints progress to standard error, once for all processes."""
+    if process_index() == 0:
+        print(line, file=sys.stderr, flush=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What every task works on.
+
+    Attributes:
+      config: that of the command, with the model of the run.
+      trained: checkpoint and tokenizer.
+      mesh: over all devices.
+      dense: model and parameters of ``--dense_workdir``.
+      folder: of results of this checkpoint, WORKDIR/eval/STEP.
+      values: the flags.
+    """
+
+    config: Config
+    trained: Trained
+    mesh: jax.sharding.Mesh
+    dense: tuple[ModelConfig, Params] | None
+    folder: Path
+    values: flags.FlagValues
+
+    @property
+    def settings(self) -> dict[str, str | int | float | bool | None]:
+        """What answers of the model depend on."""
+        tokenizer = self.trained.tokenizer.fingerprint
+        return {"run": self.config.name, "checkpoint": self.trained.step, "tokenizer": tokenizer}
+
+    @property
+    def unit(self) -> str:
+        return "bits per byte" if self.config.prepare.tokenizer.kind == "byte" else "bits per token"
+
+    def heldout(self, tokens: int, min_tokens: int) -> list[Batch]:
+        """Returns held-out documents of at least ``min_tokens``, cut after ``tokens``."""
+        if self.config.data.heldout is None:
+            raise UserError("data.heldout is not set; name the held-out token store to evaluate on")
+        return self._documents(self.config.data.heldout, tokens, min_tokens, self.config.eval.documents)
+
+    def _documents(self, path: str, tokens: int, min_tokens: int, documents: int) -> list[Batch]:
+        store = TokenStore.open(path)
+        store.check_tokenizer(self.trained.tokenizer.fingerprint)
+        return document_rows(
+            store, seq_len=tokens, min_document_tokens=min_tokens, max_documents=documents, seed=self.config.eval.seed
+        ).rows
+
+    def calibration(self) -> list[Batch]:
+        """Returns training documents, for thresholds."""
+        if not self.config.data.train:
+            raise UserError("data.train is not set; name the training store to take thresholds from")
+        tokens = self.config.data.seq_len
+        return self._documents(
+            self.config.data.train[0].path, tokens, tokens, self.config.eval.gating.calibration_documents
+        )
+
+    def finish(self, result: Any, file: str, plot: Callable[[Path], list[str]] | None = None) -> None:
+        """Prints and keeps a report; other processes than the first do nothing."""
+        if process_index() != 0:
+            return
+        print(result.table())
+        folder = free_folder(self.folder)
+        content = {"step": self.trained.step, **result.to_json()}
+        write_json(folder / f"{file}.json", content)
+        for picture in plot(folder) if plot is not None else []:
+            print(f"plot {folder / picture}")
+        print(f"json {folder / f'{file}.json'}")
+        if self.values.json:
+            write_json(Path(self.values.json), content)
+
+
+def evaluate_model(values: flags.FlagValues) -> int:
+    """Evaluates a checkpoint, or with ``--follow`` each as it appears, and writes into WORKDIR/eval/STEP."""
+    config, workdir = resolve(values.config), Path(values.workdir)
+    _check_follow(values)
+    start_distributed()
+    mesh = make_mesh(config.mesh)
+
+    def load(step: int | None) -> Trained:
+        return load_trained(workdir, step, mesh=mesh)
+
+    def evaluate(trained: Trained) -> None:
+        _evaluate(config, trained, mesh, values)
+
+    if values.follow:
+        follow_run(workdir, values.task, load, evaluate, report)
+    else:
+        evaluate(load(values.step))
+    return 0
+
+
+def _check_follow(values: flags.FlagValues) -> None:
+    for flag in ("step", "json"):
+        if values.follow and values[flag].value is not None:
+            raise UserError(
+                f"--follow evaluates every checkpoint into WORKDIR/eval/STEP, --{flag}={values[flag].value} belongs to "
+                "one; leave one of both out"
+            )
+
+
+def _evaluate(config: Config, trained: Trained, mesh: jax.sharding.Mesh, values: flags.FlagValues) -> None:
+    """Evaluates what was read with the model of the run and everything else of the command."""
+    if trained.config.model != stage_before(make_stages(config), trained.step).config.model:
+        report("note: the model is the one in --workdir; model.* of --config is not used")
+    own = trained.config
+    whole = dataclasses.replace(config.train, stages=())
+    config = dataclasses.replace(config, name=own.name, model=own.model, prepare=own.prepare, train=whole)
+    check_consistent(config)
+    check_evaluation(config, mesh)
+    dense = None
+    if values.dense_workdir is not None:
+        dense = _load_twin(trained, Path(values.dense_workdir), mesh)
+    folder = Path(values.workdir) / "eval" / str(trained.step)
+    TASKS[values.task](_Run(config, trained, mesh, dense, folder, values))
+
+
+def _positions(run: _Run) -> None:
+    config = run.config
+    rows = run.heldout(config.eval.seq_len, config.eval.min_document_tokens)
+    store = TokenStore.open(config.data.train[0].path) if config.data.train else None  # for the n-gram baselines
+    if store is not None:
+        store.check_tokenizer(run.trained.tokenizer.fingerprint)
+    result = evaluate_run(
+        config, run.trained.params, dense=run.dense, heldout_rows=rows, train_store=store, mesh=run.mesh, report=report
+    )
+
+    def plot(folder: Path) -> list[str]:
+        result.plot(folder / "positions.png")
+        return ["positions.png"]
+
+    run.finish(result, "positions", plot)
+
+
+def _contexts(run: _Run) -> None:
+    longest = max(run.config.eval.context.lengths)
+    result = evaluate_contexts(
+        _conditions(run), run.heldout(longest, longest), run.config.eval, name=run.config.name, unit=run.unit,
+        report=report, mesh=run.mesh,
+    )  # fmt: skip
+    run.finish(result, "context")
+
+
+def _gating(run: _Run) -> None:
+    config = run.config
+    rows_by_length, missing = {}, ""
+    for tokens in [multiple * config.data.seq_len for multiple in config.eval.gating.lengths]:
+        try:
+            rows_by_length[tokens] = run.heldout(tokens, tokens)
+        except UserError as error:
+            missing = str(error)
+            report(f"note: rows of {tokens} tokens are left out: {missing}")
+    if not rows_by_length:
+        raise UserError(f"eval.gating.lengths={list(config.eval.gating.lengths)} leaves nothing to read: {missing}")
+    result = study_gates(
+        config, run.trained.params, rows_by_length=rows_by_length,
+        calibration_rows=run.calibration(), report=report, mesh=run.mesh,
+    )  # fmt: skip
+
+    def plot(folder: Path) -> list[str]:
+        from intttrain.evals.gating_figure import plot_gating  # loads matplotlib
+
+        plot_gating(result, folder)
+        return sorted(path.name for path in folder.glob("gating_*.png"))
+
+    run.finish(result, "gating", plot)
+
+
+def _ruler(run: _Run) -> None:
+    sets = prepare_ruler(
+        run.config.eval.ruler, run.config.prepare.tokenizer, Path(run.values.ruler_data or run.folder / "ruler"),
+        max_length=None, report=report,
+    )  # fmt: skip
+    result = evaluate_ruler(
+        sets, _completers(run), name=run.config.name, answers=run.folder / "ruler_answers.jsonl",
+        settings=run.settings, config=run.config.eval, report=report,
+    )  # fmt: skip
+    run.finish(result, "ruler")
+
+
+def _code(run: _Run) -> None:
+    result = evaluate_code(
+        _completers(run), name=run.config.name, folder=run.folder / "code", settings=run.settings,
+        config=run.config.eval, report=report, execute_untrusted_code=run.values.execute_model_code,
+    )  # fmt: skip
+    run.finish(result, "code")
+
+
+TASKS: dict[str, Callable[[_Run], None]] = {
+    "positions": _positions, "context": _contexts, "gating": _gating, "ruler": _ruler, "code": _code,
+}  # fmt: skip
+
+
+def _conditions(run: _Run) -> dict[str, Condition]:
+    """Returns the ways to read: update on and off, the gates of the configuration, the dense twin."""
+    model, params = run.config.model, run.trained.params
+    if model.ttt is None:
+        found = {"dense": Condition(model, params, 0.0)}
+    else:
+        found = {"on": Condition(model, params, model.ttt.eta), "off": Condition(model, params, 0.0)}
+        for gate in run.config.eval.gates:
+            rule = ttt.GateRule(gate.rule, gate.signal, gate.update_on, gate.shared)
+            settings = ttt.GateSettings(rate=gate.rate, seed=run.config.eval.seed)
+            found[_label(gate)] = Condition(model, params, model.ttt.eta, rule, settings)
+    if run.dense is not None:
+        found["dense"] = Condition(*run.dense, 0.0)
+    return found
+
+
+def _label(gate: GateConfig) -> str:
+    looks = f" {gate.update_on} {gate.signal}" if gate.rule == "online" else ""
+    return f"{gate.rule}{looks} {gate.rate:g}"
+
+
+def _completers(run: _Run) -> dict[str, Complete]:
+    """Returns the same conditions as ways to continue a prompt."""
+
+    def completer(condition: Condition) -> Complete:
+        def make(max_tokens: int) -> Generator:
+            return Generator(
+                condition.model, condition.params, rows=run.config.eval.batch_rows, max_tokens=max_tokens,
+                eta=condition.eta, gate=condition.gate, settings=condition.settings, mesh=run.mesh,
+            )  # fmt: skip
+
+        return Completer(make, run.trained.tokenizer)
+
+    return {name: completer(condition) for name, condition in _conditions(run).items()}
+
+
+def free_folder(wanted: Path) -> Path:
+    """Returns ``wanted``, or ``wanted-2``, ... : an evaluation never replaces an earlier one."""
+    folder, number = wanted, 1
+    while any(folder.glob("*.json")):
+        number += 1
+        folder = wanted.with_name(f"{wanted.name}-{number}")
+    return folder
+
+
+def _load_twin(trained: Trained, workdir: Path, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
+    """Returns model section and parameters of the dense run after checking that a comparison makes sense."""
+    twin = load_trained(workdir, None, flag="--dense_workdir", mesh=mesh)
+    if twin.config.model.ttt is not None:
+        raise UserError(f"--dense_workdir={workdir} was trained with TTT; name a run with model.ttt=None")
+    if twin.tokenizer.fingerprint != trained.tokenizer.fingerprint:
+        raise UserError(f"--dense_workdir={workdir} was trained with another tokenizer; losses cannot be compared")
+    if twin.step != trained.step:
+        report(f"warning: the dense run is at step {twin.step}, the evaluated one at {trained.step}")
+    return twin.config.model, twin.params

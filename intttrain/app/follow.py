@@ -1,0 +1,106 @@
+"""``intttrain eval --follow``: evaluates the checkpoints of a run while another process writes them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from intttrain.app.runs import Trained, has_run, last_step
+from intttrain.core.agreement import decided_by_first, largest
+from intttrain.core.config import CheckpointConfig
+from intttrain.core.errors import UserError
+from intttrain.train import Checkpoints
+
+POLL_S = 10.0
+_WAIT, _FINISHED = -1, -2  # in place of a step
+
+Report = Callable[[str], None]
+
+
+def follow_run(
+    workdir: Path, task: str, load: Callable[[int], Trained], evaluate: Callable[[Trained], None], report: Report
+) -> None:
+    """Evaluates every checkpoint of a run once, the newest first, until that of its last step is done.
+
+    Training may not have begun yet, and may write and remove checkpoints meanwhile. Steps that have results of ``task``
+    in WORKDIR/eval are left out. All processes call it together; the first one looks at the folder for all.
+
+    Args:
+      workdir: of the run.
+      task: name of the result files.
+      load: reads a step.
+      evaluate: writes results of what was read.
+      report: receives a line for each wait, and one for each checkpoint that was removed before it was read.
+
+    Raises:
+      UserError: a checkpoint that stays cannot be read, or anything that ``evaluate`` raises.
+    """
+    _wait_for_run(workdir, report)
+    last, done = last_step(workdir), evaluated_steps(workdir / "eval", task)
+    if done:
+        report(f"{workdir / 'eval'} has {task}.json of step {', '.join(map(str, sorted(done)))} already")
+    with Checkpoints(workdir / "checkpoints", CheckpointConfig(), read_only=True) as checkpoints:
+        while (step := _next_step(checkpoints, done, last, report)) != _FINISHED:
+            done.add(step)
+            trained = _load_unless_removed(checkpoints, step, load)
+            if trained is None:
+                report(f"note: the checkpoint of step {step} was removed before it was read; going on without it")
+            else:
+                evaluate(trained)
+
+
+def evaluated_steps(folder: Path, task: str) -> set[int]:
+    """Returns the steps with results of ``task`` in STEP, STEP-2, ... below ``folder``."""
+    names = [path.parent.name.partition("-")[0] for path in folder.glob(f"*/{task}.json")]
+    return {int(name) for name in names if name.isdecimal()}
+
+
+def _wait_for_run(workdir: Path, report: Report) -> None:
+    told = False
+    while not _agreed(int(has_run(workdir))):
+        if not told:
+            report(f"waiting for a run in {workdir}")
+        told = True
+        time.sleep(POLL_S)
+
+
+def _next_step(checkpoints: Checkpoints, done: set[int], last: int, report: Report) -> int:
+    """Waits for a step that is not done and returns the newest; ``_FINISHED`` when there is and will be none."""
+    told = False
+    while True:
+        steps = set(checkpoints.steps())
+        step = _agreed(max(steps - done, default=_FINISHED if last in steps | done else _WAIT))
+        if step != _WAIT:
+            return step
+        if not told:
+            report(f"waiting for a checkpoint; {_newest(steps | done)} of {last}")
+        told = True
+        time.sleep(POLL_S)
+
+
+def _newest(steps: set[int]) -> str:
+    return f"the newest is step {max(steps)}" if steps else "there is none yet"
+
+
+def _load_unless_removed(checkpoints: Checkpoints, step: int, load: Callable[[int], Trained]) -> Trained | None:
+    """Returns the checkpoint, or ``None`` if training removed it while it was read, on any process."""
+    trained, failure = None, None
+    try:
+        trained = load(step)
+    except UserError as error:
+        failure = error
+    if not largest(int(failure is not None)):
+        return trained
+    if _agreed(int(step in checkpoints.steps())):
+        time.sleep(POLL_S)  # a folder that is being removed is there until its last file is gone
+        if _agreed(int(step in checkpoints.steps())):
+            raise failure or UserError(f"checkpoint step {step} could not be read by another process")
+    return None
+
+
+def _agreed(value: int) -> int:
+    """Returns the value of the first process."""
+    return int(decided_by_first(np.array(value, np.int32)))

@@ -1,0 +1,108 @@
+"""``intttrain generate``: continuations of prompts, or one long document that a reader and the model write in turns."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from intttrain import ttt
+from intttrain.app.runs import Trained, load_trained
+from intttrain.core.config import MeshConfig
+from intttrain.core.errors import UserError
+from intttrain.core.files import write_json
+from intttrain.core.mesh import make_mesh
+from intttrain.core.sharding import pieces_of
+from intttrain.evals.completion import TextStream
+from intttrain.model import Generator, Request, Sampling
+
+LONGEST_TALK = 8  # rows of training, as far as an interactive document may grow
+
+
+def generate_text(values: flags.FlagValues) -> int:
+    """Prints what follows each ``--prompt`` as it is drawn; without one, reads prompts from the terminal."""
+    mesh = make_mesh(MeshConfig()) if jax.device_count() > 1 else None
+    trained = load_trained(Path(values.workdir), values.step, mesh=mesh)
+    sampling = Sampling(values.temperature, values.top_k, values.top_p, values.seed)
+    if not values.prompt:
+        return _talk(trained, values, sampling)
+    requests = [
+        Request(number, np.asarray(trained.tokenizer.encode(prompt), np.int32), values.max_new_tokens)
+        for number, prompt in enumerate(values.prompt)
+    ]
+    for request in requests:
+        if not len(request.prompt):
+            raise UserError('--prompt="" has no token to start from; give some text')
+    pieces = 1 if mesh is None else pieces_of(mesh, "batch")
+    rows = -(-len(requests) // pieces) * pieces
+    longest = max(len(request.prompt) for request in requests) + values.max_new_tokens
+    generator = make_generator(trained, values, rows, longest, mesh)
+    streams = [TextStream(trained.tokenizer) for _ in requests]
+    if len(requests) == 1:
+        _show(values.prompt[0], end=False)
+    for piece in generator.run(requests, sampling, stop_tokens=(trained.tokenizer.end_of_document,)):
+        new = streams[piece.sequence].feed(piece.tokens, last=piece.finished)
+        if len(requests) == 1:
+            _show(new, end=piece.finished)
+        elif piece.finished:
+            print(f"[{piece.sequence}] {values.prompt[piece.sequence]}{streams[piece.sequence].text}", flush=True)
+    texts = [{"prompt": prompt, "text": stream.text} for prompt, stream in zip(values.prompt, streams, strict=True)]
+    if values.json:
+        write_json(Path(values.json), {"step": trained.step, "update": values.update, "continuations": texts})
+    return 0
+
+
+def make_generator(
+    trained: Trained, values: flags.FlagValues, rows: int, max_tokens: int, mesh: Any = None
+) -> Generator:
+    """Returns a generator with the update and the gate that the flags ask for."""
+    gate = ttt.GateRule(values.gate, values.gate_signal, values.gate_on)
+    if problem := gate.problem():
+        raise UserError(f"--gate={values.gate}: {problem}")
+    if values.gate != "always" and trained.config.model.ttt is None:
+        raise UserError(
+            f"--gate={values.gate}: the run has model.ttt=None, so there is no update to gate; leave it out"
+        )
+    return Generator(
+        trained.config.model, trained.params, rows=rows, max_tokens=max_tokens,
+        eta=0.0 if values.update == "off" else None, gate=gate, settings=ttt.GateSettings(rate=values.gate_rate),
+        mesh=mesh,
+    )  # fmt: skip
+
+
+def _talk(trained: Trained, values: flags.FlagValues, sampling: Sampling) -> int:
+    """Lines of standard input and continuations make one document, all of which the model has learned from."""
+    if jax.device_count() > 1:
+        raise UserError(f"without --prompt one device is needed, not {jax.device_count()}; give --prompt=TEXT")
+    longest = LONGEST_TALK * trained.config.data.seq_len
+    generator = make_generator(trained, values, 1, longest)
+    if sys.stdin.isatty():
+        print(f"one line is one prompt; an empty one or Ctrl-D ends; up to {longest} tokens", file=sys.stderr)
+    turns = []
+    for number, line in enumerate(_lines()):
+        tokens = np.asarray(trained.tokenizer.encode(line + "\n"), np.int32)
+        request = Request(0, tokens, values.max_new_tokens, goes_on=number > 0)
+        stream = TextStream(trained.tokenizer)
+        for piece in generator.run([request], sampling, stop_tokens=(trained.tokenizer.end_of_document,)):
+            _show(stream.feed(piece.tokens, last=piece.finished), end=piece.finished)
+        turns.append({"prompt": line, "text": stream.text})
+    if values.json:
+        write_json(Path(values.json), {"step": trained.step, "update": values.update, "turns": turns})
+    return 0
+
+
+def _lines() -> Iterator[str]:
+    """Yields lines up to an empty one."""
+    for line in sys.stdin:
+        if not line.strip():
+            return
+        yield line.rstrip("\n")
+
+
+def _show(text: str, *, end: bool) -> None:
+    print(text, end="\n" if end else "", flush=True)
