@@ -55,31 +55,37 @@ def random_params(config: ModelConfig, seed: int = 0) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
-def _forward(config: ModelConfig, params: Any, tokens_BT: jax.Array, segment_ids_BT: jax.Array, eta: jax.Array) -> Any:
+def _forward(
+    config: ModelConfig, params: Any, tokens_BT: jax.Array, segment_ids_BT: jax.Array, eta: jax.Array, gates_BM: Any
+) -> Any:
     decoder = bind(config, params)
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape)
-    hidden_BTD = decoder(tokens_BT, segment_ids_BT, positions_BT, eta=eta).hidden_BTD
+    hidden_BTD = decoder(tokens_BT, segment_ids_BT, positions_BT, eta=eta, gates_BM=gates_BM).hidden_BTD
     labels_BT = jnp.roll(tokens_BT, -1, axis=1)
     return jnp.einsum("btd,vd->btv", hidden_BTD, decoder.output_weight()), token_nll(
         hidden_BTD, decoder.output_weight(), labels_BT, 8
     )
 
 
-def forward(config: ModelConfig, params: Any, tokens_BT: np.ndarray, eta: float | None = None) -> Any:
+def forward(
+    config: ModelConfig, params: Any, tokens_BT: np.ndarray, eta: float | None = None, gates_BM: Any = None
+) -> Any:
     """Logits and losses of one forward; rows are padded to one length, so that one program serves every test."""
     length = tokens_BT.shape[1]
     padding = ((0, 0), (0, PADDED - length))
     if eta is None:
         eta = config.ttt.eta if config.ttt else 0.0
     segment_ids_BT = np.pad(np.ones(tokens_BT.shape, np.int32), padding)
-    logits, nll = _forward(config, params, np.pad(tokens_BT, padding), segment_ids_BT, jnp.float32(eta))
+    logits, nll = _forward(config, params, np.pad(tokens_BT, padding), segment_ids_BT, jnp.float32(eta), gates_BM)
     return np.asarray(logits)[:, :length], np.asarray(nll)[:, : length - 1]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
-def _read(config: ModelConfig, reading: Reading, params: Any, tokens: Any, count: Any, state: Any, eta: Any) -> Any:
+def _read(
+    config: ModelConfig, reading: Reading, params: Any, tokens: Any, count: Any, state: Any, eta: Any, settings: Any
+) -> Any:
     decoder = bind(config, params)
-    read, state = read_tokens(decoder, reading, tokens, count, state, eta=eta)
+    read, state = read_tokens(decoder, reading, tokens, count, state, eta=eta, gate=settings)
     return read, next_logits(decoder, state), state
 
 
@@ -88,10 +94,11 @@ def start(config: ModelConfig, reading: Reading, rows: int = ROWS) -> DecodeStat
 
 
 def advance(
-    config: ModelConfig, params: Any, state: DecodeState, until_B: np.ndarray, width: int, check: Any = None
-) -> DecodeState:
+    config: ModelConfig, params: Any, state: DecodeState, until_B: np.ndarray, width: int, check: Any = None,
+    gate: ttt.GateRule = ttt.GateRule(), settings: ttt.GateSettings = ttt.GateSettings(),
+) -> DecodeState:  # fmt: skip
     """Reads every row of TOKENS up to ``until_B`` in pieces of at most ``width`` tokens that end with their chunks."""
-    reading = Reading(CHUNK, LENGTH)
+    reading = Reading(CHUNK, LENGTH, gate)
     eta = jnp.float32(config.ttt.eta if config.ttt else 0.0)
     while True:
         length_B = np.asarray(state.length_B)
@@ -102,7 +109,7 @@ def advance(
         tokens_BP = np.zeros((ROWS, width), np.int32)
         for row in range(ROWS):
             tokens_BP[row, : count_B[row]] = TOKENS[row, length_B[row] : length_B[row] + count_B[row]]
-        _, logits, state = _read(config, reading, params, tokens_BP, count_B, state, eta)
+        _, logits, state = _read(config, reading, params, tokens_BP, count_B, state, eta, settings)
         if check is not None:
             check(np.asarray(logits), np.flatnonzero(count_B), length_B + count_B - 1)
 
@@ -123,6 +130,34 @@ def test_every_split_into_prompt_and_decoding_equals_the_full_forward(name: str)
         state = advance(config, params, start(config, Reading(CHUNK, LENGTH)), split_B, CHUNK, check)
         state = advance(config, params, state, np.full(ROWS, LENGTH), 1, check)
         assert (np.asarray(state.length_B) == LENGTH).all()
+
+
+@pytest.mark.parametrize("signal", ["reconstruction", "nll"])
+def test_every_split_makes_the_same_decisions(signal: ttt.Signal) -> None:
+    """Rows decide differently, and the full forward with these decisions gives the same logits."""
+    gate = ttt.GateRule("threshold", signal, shared=True)
+    params, reading = random_params(BASE), Reading(CHUNK, PADDED, gate)
+    tokens_BT = np.pad(TOKENS, ((0, 0), (0, PADDED - LENGTH)))
+
+    def documents(threshold: float) -> tuple[Any, ttt.GateSettings]:
+        settings = ttt.GateSettings(threshold_n=jnp.full((2,), threshold, jnp.float32))
+        length_B = np.full(ROWS, LENGTH)
+        return _documents(BASE, reading, params, tokens_BT, length_B, jnp.arange(ROWS), settings), settings
+
+    watched, _ = documents(-np.inf)
+    whole, settings = documents(float(np.nanmedian(watched.decision.signal)))
+    gates_BM = whole.decision.gate[0]
+    assert len(np.unique(np.asarray(gates_BM)[:, :3], axis=0)) > 1
+    expected, _ = forward(BASE, params, TOKENS, gates_BM=gates_BM)
+
+    def check(logits: np.ndarray, rows: np.ndarray, at_B: np.ndarray) -> None:
+        for row in rows:
+            np.testing.assert_allclose(logits[row], expected[row, at_B[row]], rtol=2e-4, atol=2e-4)
+
+    for first in (1, CHUNK + 1):
+        state = start(BASE, Reading(CHUNK, LENGTH, gate))
+        state = advance(BASE, params, state, first + np.arange(ROWS), CHUNK, check, gate, settings)
+        advance(BASE, params, state, np.full(ROWS, LENGTH), 1, check, gate, settings)
 
 
 def test_updates_change_the_logits_only_after_the_first_chunk() -> None:
