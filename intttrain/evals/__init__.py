@@ -15,6 +15,7 @@ gating_figure   its pictures (loads matplotlib)            plot_gating
 completion      text from a trained model                  Complete, Completer
 answers         answers on disk, to go on after a stop     AnswerFile
 ruler           RULER: samples, answers, scores            prepare_ruler, evaluate_ruler
+harness         tasks of lm-evaluation-harness             Respondent, register_model
 code            HumanEval, with a sandbox for its programs evaluate_code
 """
 
