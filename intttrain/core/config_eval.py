@@ -90,6 +90,7 @@ class EvalConfig:
     documents: PositiveInt  # at most this many held-out documents
     min_document_tokens: PositiveInt  # shorter ones are left out
     position_edges: tuple[PositiveInt, ...]  # right edges of the position buckets, increasing
+    reading: Literal["rows", "chunks"] = "rows"  # whole rows at once, or chunk by chunk, as generation reads
     batch_rows: PositiveInt = 8
     bootstrap_samples: PositiveInt = 1000
     seed: NonNegativeInt = 0

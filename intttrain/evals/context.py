@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -26,9 +27,7 @@ from intttrain.core.sharding import constrain, using_mesh
 from intttrain.data import Batch
 from intttrain.evals.bootstrap import INTERVAL, Estimate, bootstrap_difference, bootstrap_level
 from intttrain.evals.tables import aligned, estimate_json, with_interval
-from intttrain.model import Params, Reading, bind, read_documents
-
-DENSE_PIECE_TOKENS = 128  # of a model without chunks of its own
+from intttrain.model import PIECE_TOKENS, Params, Reading, bind, read_documents
 
 
 class Condition(NamedTuple):
@@ -148,7 +147,7 @@ def evaluate_contexts(
 
 
 def _check(model: ModelConfig, lengths: tuple[int, ...], block: int) -> None:
-    piece = model.ttt.chunk_tokens if model.ttt is not None else DENSE_PIECE_TOKENS
+    piece = model.ttt.chunk_tokens if model.ttt is not None else 1
     for length in lengths:
         if length % piece or length <= block:
             longest = max(piece, -(-(block + 1) // piece) * piece)
@@ -181,11 +180,11 @@ def _read(
     tokens_BL: jax.Array, document_B: jax.Array, eta: jax.Array, settings: ttt.GateSettings,
 ) -> jax.Array:  # fmt: skip
     rows, length = tokens_BL.shape
-    piece = model.ttt.chunk_tokens if model.ttt is not None else DENSE_PIECE_TOKENS
+    piece = math.gcd(length, PIECE_TOKENS) if model.ttt is None else model.ttt.chunk_tokens
     reading = Reading(piece, length, gate, wants_nll=True)
     with contextlib.nullcontext() if mesh is None else using_mesh(mesh):
         tokens_BL = constrain(tokens_BL, "batch", None)
         lengths_B = jnp.full((rows,), length)
-        read = read_documents(bind(model, params), reading, tokens_BL, lengths_B, document_B, eta=eta, gate=settings)
+        read, _ = read_documents(bind(model, params), reading, tokens_BL, lengths_B, document_B, eta=eta, gate=settings)
         assert read.nll_BP is not None
         return constrain(jnp.sum(read.nll_BP[:, -block:], axis=1), None)

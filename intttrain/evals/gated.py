@@ -149,7 +149,7 @@ def _read(
     reading = Reading(chunk_tokens, tokens, rule, wants_nll=True)
     with contextlib.nullcontext() if mesh is None else using_mesh(mesh):
         tokens_BT = constrain(tokens_BT, "batch", None)
-        found = read_documents(
+        found, _ = read_documents(
             bind(config, params), reading, tokens_BT, jnp.full((rows,), tokens), document_B, eta=eta, gate=settings
         )
         assert found.nll_BP is not None and found.decision is not None

@@ -24,8 +24,8 @@ from intttrain.core.config import ModelConfig
 from intttrain.core.sharding import constrain, using_mesh
 from intttrain.data import Tokenizer
 from intttrain.evals.completion import Completer
-from intttrain.evals.context import DENSE_PIECE_TOKENS, Condition
-from intttrain.model import Generator, Params, Reading, Sampling, bind, read_documents
+from intttrain.evals.context import Condition
+from intttrain.model import PIECE_TOKENS, Generator, Params, Reading, Sampling, bind, read_documents
 
 MODEL_NAME = "intttrain"
 SAMPLING_OPTIONS = {"do_sample", "max_gen_toks", "temperature", "top_k", "top_p", "until"}
@@ -173,7 +173,7 @@ def register_model(load: Callable[..., Respondent]) -> None:
 
 
 def _piece_tokens(model: ModelConfig) -> int:
-    return model.ttt.chunk_tokens if model.ttt is not None else DENSE_PIECE_TOKENS
+    return model.ttt.chunk_tokens if model.ttt is not None else PIECE_TOKENS
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -185,7 +185,7 @@ def _score(
     reading = Reading(_piece_tokens(model), tokens_BT.shape[1], gate, wants_nll=True, wants_likeliest=True)
     with contextlib.nullcontext() if mesh is None else using_mesh(mesh):
         tokens_BT = constrain(tokens_BT, "batch", None)
-        read = read_documents(
+        read, _ = read_documents(
             bind(model, params), reading, tokens_BT, length_B, jnp.zeros_like(length_B), eta=eta, gate=settings
         )
         assert read.nll_BP is not None and read.likeliest_BP is not None

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import cast
 
@@ -25,7 +26,7 @@ from intttrain.core.errors import UserError
 from intttrain.core.row_order import is_balanced, stored_units
 from intttrain.core.sharding import constrain, partition_spec, using_mesh
 from intttrain.data import Batch, blank_row, stack_rows
-from intttrain.model import Params, bind, token_nll
+from intttrain.model import PIECE_TOKENS, Params, Reading, bind, read_documents, token_nll
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +88,11 @@ def evaluate_positions(
         # Blank rows keep the shape, hence the compiled program; they are cut off again below.
         blanks = [blank_row(eval_config.seq_len, 0)] * (eval_config.batch_rows - len(chosen))
         batch = stack_rows([*chosen, *blanks])
-        nll_BT, norm_BM = jax.device_get(
-            _score(model_config, mesh, params, _placed(model_config, batch, mesh), traced_eta)
-        )
+        if eval_config.reading == "chunks":
+            score, placed = _score_in_chunks, batch
+        else:
+            score, placed = _score, _placed(model_config, batch, mesh)
+        nll_BT, norm_BM = jax.device_get(score(model_config, mesh, params, placed, traced_eta))
         real = stack_rows(chosen)
         norms = None if norm_BM is None else norm_BM[: len(chosen)]
         parts.append(sum_by_position(nll_BT[: len(chosen)], real, eval_config.position_edges, norms))
@@ -173,6 +176,31 @@ def _score(
             return nll_BT, None
         chunks_M = _stored(model_config, mesh, nll_BT.shape[1], model_config.ttt.chunk_tokens)
         return nll_BT, _read_norm(_as_read(constrain(output.ttt.state_norm_nBM, None, None, None), chunks_M))
+
+
+@functools.partial(jax.jit, static_argnames=("model_config", "mesh"))
+def _score_in_chunks(
+    model_config: ModelConfig, mesh: jax.sharding.Mesh | None, params: Params, batch: Batch, eta: jax.Array
+) -> tuple[jax.Array, None]:
+    """Returns the loss of every token, read chunk by chunk; the norms of states are not watched."""
+    seq_len = batch.tokens_BT.shape[1]
+    piece = math.gcd(seq_len, PIECE_TOKENS) if model_config.ttt is None else model_config.ttt.chunk_tokens
+    with contextlib.nullcontext() if mesh is None else using_mesh(mesh):
+        decoder = bind(model_config, params)
+        tokens_BT = constrain(batch.tokens_BT, "batch", None)
+        length_B = jnp.sum(batch.segment_ids_BT > 0, axis=1)
+        read, state = read_documents(
+            decoder,
+            Reading(piece, seq_len, wants_nll=True),
+            tokens_BT,
+            length_B,
+            jnp.arange(tokens_BT.shape[0]),
+            eta=eta,
+        )
+        assert read.nll_BP is not None
+        # The label of a row that is cut is the token after it.
+        last_B1 = token_nll(state.hidden_BD[:, None], decoder.output_weight(), batch.labels_BT[:, -1:], 1)
+        return constrain(jnp.concatenate([read.nll_BP[:, 1:], last_B1], axis=1), None, None), None
 
 
 def _as_read(x: jax.Array, stored: np.ndarray) -> jax.Array:

@@ -185,7 +185,7 @@ def read_documents(
     *,
     eta: Float[Array, ""],
     gate: ttt.GateSettings = ttt.GateSettings(),
-) -> Read:
+) -> tuple[Read, DecodeState]:
     """Reads whole documents piece by piece from their first token on; memory grows by their keys only.
 
     Args:
@@ -195,7 +195,7 @@ def read_documents(
       sequence_B: their numbers.
 
     Returns:
-      ``nll_BP`` and ``likeliest_BP`` with P = T, and decisions with a last axis of the T / P pieces.
+      ``nll_BP`` and ``likeliest_BP`` with P = T, decisions with a last axis of the T / P pieces; and the last state.
     """
     rows, tokens = tokens_BT.shape
     piece = reading.piece_tokens
@@ -208,12 +208,12 @@ def read_documents(
         return state, read
 
     start = init_decode_state(decoder.config, reading, sequence_B)
-    _, read = jax.lax.scan(step, start, (pieces_MBP, jnp.arange(tokens // piece)))
+    state, read = jax.lax.scan(step, start, (pieces_MBP, jnp.arange(tokens // piece)))
     nll_BT, likeliest_BT = jax.tree.map(
         lambda x_MBP: jnp.moveaxis(x_MBP, 0, 1).reshape(rows, tokens), (read.nll_BP, read.likeliest_BP)
     )
     decision = jax.tree.map(lambda x_MnB: jnp.moveaxis(x_MnB, 0, 2), read.decision)
-    return Read(nll_BT, decision, jnp.moveaxis(read.full_B, 0, 1), likeliest_BT)
+    return Read(nll_BT, decision, jnp.moveaxis(read.full_B, 0, 1), likeliest_BT), state
 
 
 def next_logits(decoder: Decoder, state: DecodeState) -> Float[Array, "B V"]:
@@ -289,5 +289,5 @@ def _losses(
 def _fast_weights(decoder: Decoder) -> ttt.FastWeights:
     """Returns the parameters of all TTT layers."""
     assert decoder.config.ttt is not None
-    layers = jnp.asarray(decoder.config.ttt.layers)
-    return ttt.FastWeights(decoder.layers.mlp.down[...][layers], decoder.ttt.target[...], decoder.ttt.conv_or_none())
+    layer_n = jnp.asarray(decoder.config.ttt.layers)
+    return ttt.FastWeights(decoder.layers.mlp.down[...], layer_n, decoder.ttt.target[...], decoder.ttt.conv_or_none())

@@ -49,9 +49,14 @@ class FastWeightCache(NamedTuple):
 
 
 class FastWeights(NamedTuple):
-    """Parameters of all TTT layers; ``conv_nWD`` is ``None`` for ``next_hidden``."""
+    """Parameters of all TTT layers; ``conv_nWD`` is ``None`` for ``next_hidden``.
 
-    w_down_nDF: Float[Array, "n D F"]
+    ``w_down_LDF`` has all layers of the model, of which ``layer_n`` are meant: W0 is looked at by one signal only, and
+    taking the n out of L would copy them at every token.
+    """
+
+    w_down_LDF: Float[Array, "L D F"]
+    layer_n: Int[Array, "n"]
     w_target_nDD: Float[Array, "n D D"]
     conv_nWD: Float[Array, "n W D"] | None
 
@@ -183,7 +188,7 @@ def _targets_and_signals(
     whole_BC = jnp.ones((rows, chunk_tokens), jnp.int32)
 
     def layer(_: None, inputs: Any) -> tuple[None, tuple[Array, Array]]:
-        (w_down_DF, w_target_DD, conv_WD), s_BDF, z_BCF, x_BCD, o_BCD = inputs
+        number, w_target_DD, conv_WD, s_BDF, z_BCF, x_BCD, o_BCD = inputs
         v_BCD = make_targets(x_BCD, w_target_DD, conv_WD, whole_BC, chunk_tokens)
         if not rule.uses_signal:
             signal_B = jnp.full((rows,), jnp.nan, jnp.float32)
@@ -192,7 +197,7 @@ def _targets_and_signals(
             signal_B = model_signal_B
         elif rule.signal == "delta_norm":
             update_B = _norm(_update(v_BCD, z_BCF, eta, transform))
-            signal_B = update_B / _norm(w_down_DF.astype(jnp.float32)[None])
+            signal_B = update_B / _norm(weights.w_down_LDF[number].astype(jnp.float32)[None])
         elif rule.signal == "redundancy":
             added_BCD = _product("bcf,bdf->bcd", z_BCF, s_BDF.astype(z_BCF.dtype))
             signal_B = own_signal(rule.signal, added_BCD, v_BCD, measured_BC)
@@ -200,7 +205,8 @@ def _targets_and_signals(
             signal_B = own_signal(rule.signal, o_BCD, v_BCD, measured_BC)
         return None, (v_BCD, signal_B)
 
-    return jax.lax.scan(layer, None, (weights, cache.s_nBDF, cache.z_nBCF, cache.x_nBCD, cache.o_nBCD))[1]
+    learned = (weights.layer_n, weights.w_target_nDD, weights.conv_nWD)
+    return jax.lax.scan(layer, None, (*learned, cache.s_nBDF, cache.z_nBCF, cache.x_nBCD, cache.o_nBCD))[1]
 
 
 def _written(

@@ -96,6 +96,15 @@ def test_model_losses_equal_a_loop_over_documents(rows, model, eta):
     assert done == [4, 3]
 
 
+@pytest.mark.parametrize("model", [MODEL, DENSE], ids=["ttt", "dense"])
+def test_reading_chunk_by_chunk_gives_the_losses_of_whole_rows(rows, model):
+    params = make_params(dense=model.ttt is None)
+    whole = evaluate_positions(model, params, rows, EVAL)
+    found = evaluate_positions(model, params, rows, dataclasses.replace(EVAL, reading="chunks"))
+    np.testing.assert_array_equal(found.weight_NP, whole.weight_NP)
+    np.testing.assert_allclose(found.nll_NP, whole.nll_NP, rtol=2e-5, atol=1e-5)
+
+
 def test_blank_rows_never_count(rows):
     """7 documents in batches of 4 (one blank row) give the same as in one batch with nothing to fill up."""
     params = make_params()

@@ -216,7 +216,7 @@ def _documents(
     config: ModelConfig, reading: Reading, params: Any, tokens: Any, length: Any, sequence: Any, settings: Any
 ) -> Any:
     eta = jnp.float32(config.ttt.eta if config.ttt else 0.0)
-    return read_documents(bind(config, params), reading, tokens, length, sequence, eta=eta, gate=settings)
+    return read_documents(bind(config, params), reading, tokens, length, sequence, eta=eta, gate=settings)[0]
 
 
 @pytest.mark.parametrize("name", CASES)

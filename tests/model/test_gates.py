@@ -26,7 +26,7 @@ SETTINGS = ttt.GateSettings(rate=0.5, threshold_n=jnp.array([0.9, 0.97]))
 
 @functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
 def documents(reading: Reading, tokens: Any, length: Any, sequence: Any, settings: Any, eta: Any) -> Any:
-    return read_documents(bind(MODEL, PARAMS), reading, tokens, length, sequence, eta=eta, gate=settings)
+    return read_documents(bind(MODEL, PARAMS), reading, tokens, length, sequence, eta=eta, gate=settings)[0]
 
 
 def read(rule: ttt.GateRule, settings: Any = SETTINGS, tokens: np.ndarray = TOKENS, eta: float = 0.5) -> Any:
@@ -151,13 +151,13 @@ def test_rotary_positions_and_cache_do_not_depend_on_the_cut_of_long_documents()
         lambda tokens: (
             read_documents(
                 bind(config, PARAMS), reading, tokens, jnp.full((ROWS,), T), jnp.arange(ROWS), eta=jnp.float32(0.5)
-            ).nll_BP
+            )[0].nll_BP
         )
     )(TOKENS)
     short = jax.jit(
         lambda tokens: read_documents(
             bind(config, PARAMS), dataclasses.replace(reading, max_tokens=T), tokens, jnp.full((ROWS,), T),
             jnp.arange(ROWS), eta=jnp.float32(0.5),
-        ).nll_BP
+        )[0].nll_BP
     )(TOKENS)  # fmt: skip
     np.testing.assert_allclose(found, short, rtol=1e-4, atol=1e-5)

@@ -41,7 +41,9 @@ def one_token(i, conv, transform, cache, length_B, active_B, eta, z_BF, x_BD):
     o_B1D = ttt.read(cache, 0, z_BF[:, None], ttt.project(z_BF[:, None], i["w_down"]), i["w_down"], transform)
     places_B1 = jnp.where(active_B, length_B % C, C)[:, None]
     cache = ttt.remember(cache, 0, places_B1, z_BF[:, None], x_BD[:, None], o_B1D)
-    weights = ttt.FastWeights(i["w_down"][None], i["w_target"][None], i["conv"][None] if conv else None)
+    weights = ttt.FastWeights(
+        i["w_down"][None], jnp.zeros(1, jnp.int32), i["w_target"][None], i["conv"][None] if conv else None
+    )
     full_B = active_B & (length_B % C == C - 1)
     cache, _ = ttt.commit(
         cache, weights, full_B, eta=jnp.asarray(eta, jnp.float32), chunk_B=length_B // C, sequence_B=jnp.arange(ROWS),
