@@ -189,6 +189,10 @@ def _strings(name: str, help_text: str) -> Define:
     return lambda values: flags.DEFINE_multi_string(name, None, help_text, flag_values=values)
 
 
+def _list(name: str, help_text: str) -> Define:
+    return lambda values: flags.DEFINE_list(name, [], help_text, flag_values=values)
+
+
 def _integer(name: str, default: int | None, help_text: str) -> Define:
     return lambda values: flags.DEFINE_integer(name, default, help_text, flag_values=values, lower_bound=0)
 
@@ -222,6 +226,8 @@ def _command(name: str, module: str = "commands") -> Command:
     return call
 
 
+TASKS = ("positions", "context", "calibrate", "gating", "ruler", "code")  # app/evaluate.py::TASKS
+
 _WORKDIR = _string("workdir", "folder of the run", required=True)
 _OUTPUT = _string("output", "folder to create", required=True)
 _STEP = _integer("step", None, "checkpoint step (default: the newest)")
@@ -251,7 +257,7 @@ COMMANDS: dict[str, tuple[str, Define, Command]] = {
         _all(
             _config_flag, _WORKDIR, _STEP,
             _switch("follow", "evaluate every checkpoint, also those still to come, until the run is finished"),
-            _enum("task", "positions", ["positions", "context", "gating", "ruler", "code"], "what to evaluate"),
+            _enum("task", "positions", list(TASKS), "what to evaluate"),
             _string("dense_workdir", "a run of the same model trained without TTT, to compare with"),
             _string("ruler_data", "folder of RULER's samples, to share between runs (default: beside the results)"),
             _switch("execute_model_code", "let --task=code run programs that the model wrote, in a sandbox"),
@@ -272,6 +278,7 @@ COMMANDS: dict[str, tuple[str, Define, Command]] = {
             _enum("gate_signal", "reconstruction", list(SIGNALS), "what the gate looks at"),
             _enum("gate_on", "high", ["high", "low"], "which signals make a chunk worth learning"),
             _float("gate_rate", 0.5, "wanted share of chunks"),
+            _list("gate_thresholds", "of --gate=threshold, a TTT layer each: 0.9,0.95"),
         ),
         _command("generate_text", "generate"),
     ),

@@ -13,6 +13,7 @@ from absl import flags
 
 from intttrain import ttt
 from intttrain.app.follow import follow_run
+from intttrain.app.generate import gate_settings
 from intttrain.app.runs import Trained, load_trained
 from intttrain.core.config import Config, ModelConfig, check_consistent, resolve
 from intttrain.core.config_eval import GateConfig
@@ -26,6 +27,7 @@ from intttrain.data import Batch, TokenStore, document_rows
 from intttrain.evals import Complete, Completer, evaluate_ruler, evaluate_run, prepare_ruler, study_gates
 from intttrain.evals.code import evaluate_code
 from intttrain.evals.context import Condition, evaluate_contexts
+from intttrain.evals.gating_study import Calibration, calibrate
 from intttrain.model import Generator, Params
 
 
@@ -198,6 +200,16 @@ def _gating(run: _Run) -> None:
     run.finish(result, "gating", plot)
 
 
+def _calibrate(run: _Run) -> None:
+    if run.config.model.ttt is None:
+        raise UserError(
+            f"run {run.config.name!r} has model.ttt=None, so there is no update to gate; name a run with TTT"
+        )
+    rows = run.calibration()
+    thresholds = calibrate(run.config, run.trained.params, rows, mesh=run.mesh)
+    run.finish(Calibration(run.config.name, len(rows), thresholds), "thresholds")
+
+
 def _ruler(run: _Run) -> None:
     sets = prepare_ruler(
         run.config.eval.ruler, run.config.prepare.tokenizer, Path(run.values.ruler_data or run.folder / "ruler"),
@@ -219,7 +231,8 @@ def _code(run: _Run) -> None:
 
 
 TASKS: dict[str, Callable[[_Run], None]] = {
-    "positions": _positions, "context": _contexts, "gating": _gating, "ruler": _ruler, "code": _code,
+    "positions": _positions, "context": _contexts, "calibrate": _calibrate, "gating": _gating, "ruler": _ruler,
+    "code": _code,
 }  # fmt: skip
 
 
@@ -232,15 +245,19 @@ def _conditions(run: _Run) -> dict[str, Condition]:
         found = {"on": Condition(model, params, model.ttt.eta), "off": Condition(model, params, 0.0)}
         for gate in run.config.eval.gates:
             rule = ttt.GateRule(gate.rule, gate.signal, gate.update_on, gate.shared)
-            settings = ttt.GateSettings(rate=gate.rate, seed=run.config.eval.seed)
-            found[_label(gate)] = Condition(model, params, model.ttt.eta, rule, settings)
+            settings = gate_settings(
+                gate.rule, gate.rate, gate.thresholds, model, where="eval.gates", flag="thresholds"
+            )
+            found[_label(gate)] = Condition(
+                model, params, model.ttt.eta, rule, settings._replace(seed=run.config.eval.seed)
+            )
     if run.dense is not None:
         found["dense"] = Condition(*run.dense, 0.0)
     return found
 
 
 def _label(gate: GateConfig) -> str:
-    looks = f" {gate.update_on} {gate.signal}" if gate.rule == "online" else ""
+    looks = f" {gate.update_on} {gate.signal}" if gate.rule in ("online", "threshold") else ""
     return f"{gate.rule}{looks} {gate.rate:g}"
 
 

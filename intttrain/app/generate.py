@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from absl import flags
 
 from intttrain import ttt
 from intttrain.app.runs import Trained, load_trained
-from intttrain.core.config import MeshConfig
+from intttrain.core.config import MeshConfig, ModelConfig
 from intttrain.core.errors import UserError
 from intttrain.core.files import write_json
 from intttrain.core.mesh import make_mesh
@@ -68,11 +68,31 @@ def make_generator(
         raise UserError(
             f"--gate={values.gate}: the run has model.ttt=None, so there is no update to gate; leave it out"
         )
+    try:
+        thresholds = tuple(map(float, values.gate_thresholds))
+    except ValueError:
+        raise UserError(f"--gate_thresholds={','.join(values.gate_thresholds)}: not numbers between commas") from None
+    settings = gate_settings(
+        values.gate, values.gate_rate, thresholds, trained.config.model, where="--gate", flag="--gate_thresholds"
+    )
     return Generator(
         trained.config.model, trained.params, rows=rows, max_tokens=max_tokens,
-        eta=0.0 if values.update == "off" else None, gate=gate, settings=ttt.GateSettings(rate=values.gate_rate),
-        mesh=mesh,
+        eta=0.0 if values.update == "off" else None, gate=gate, settings=settings, mesh=mesh,
     )  # fmt: skip
+
+
+def gate_settings(
+    rule: str, rate: float, thresholds: Sequence[float], model: ModelConfig, *, where: str, flag: str
+) -> ttt.GateSettings:
+    """Returns the numbers of a gate. Raises ``UserError`` for thresholds that do not fit the rule or the model."""
+    wanted = len(model.ttt.layers) if rule == "threshold" and model.ttt is not None else 0
+    if len(thresholds) != wanted:
+        raise UserError(
+            f"{where}={rule} takes {wanted} {flag}, one for each TTT layer if the rule is 'threshold', not "
+            f"{len(thresholds)}; intttrain eval --task=calibrate finds some"
+        )
+    threshold_n = np.asarray(thresholds, np.float32) if thresholds else None
+    return ttt.GateSettings(rate=rate, threshold_n=threshold_n)
 
 
 def _talk(trained: Trained, values: flags.FlagValues, sampling: Sampling) -> int:

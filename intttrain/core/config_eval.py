@@ -9,8 +9,8 @@ from pydantic.dataclasses import dataclass
 
 from intttrain.core.config_types import STRICT, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-# Rules that need no number of their own, and what a gate may look at (docs/gating.md).
-GATES = ("always", "never", "random", "periodic", "online")
+# What generation may be gated by, and what a gate may look at (docs/gating.md).
+GATES = ("always", "never", "random", "periodic", "online", "threshold")
 SIGNALS = ("reconstruction", "loss", "redundancy", "delta_norm", "nll", "entropy")
 
 GateSignal = Literal["reconstruction", "loss", "redundancy", "delta_norm", "nll", "entropy"]
@@ -52,10 +52,11 @@ class CodeConfig:
 class GateConfig:
     """A gate to evaluate beside the update on and off (``docs/gating.md``)."""
 
-    rule: Literal["never", "random", "periodic", "online"]
+    rule: Literal["never", "random", "periodic", "online", "threshold"]
     signal: GateSignal = "reconstruction"
     update_on: Literal["high", "low"] = "high"
     rate: Fraction = 0.5
+    thresholds: tuple[float, ...] = ()  # of ``threshold``, one for each TTT layer (``--task=calibrate``)
     shared: bool = False  # one decision for all TTT layers
 
 

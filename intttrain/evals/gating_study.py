@@ -5,9 +5,10 @@ Letters: as in ``gated``.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -20,6 +21,7 @@ from intttrain.evals.gated import Gated, GatedDocuments
 from intttrain.evals.gating_metrics import measure_rule, score_bases, score_controls, shared_counts
 from intttrain.evals.gating_report import GateCost, GateRow, GateSetting, GatingReport, make_gating_report
 from intttrain.evals.oracles import Outcome, enumerate_decisions, first_order, greedy, live_gates, make_outcome, rollout
+from intttrain.evals.tables import aligned
 from intttrain.model import Params, model_flops_per_token
 
 MIN_CALIBRATION_CHUNKS = 100
@@ -119,6 +121,37 @@ def calibrate(
             quantile = 1.0 - rate if side == "high" else rate
             found[signal, side, rate] = np.quantile(watched.signal_NMn, quantile, axis=(0, 1))
     return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """Thresholds of a run, to be used as ``eval.gates`` or ``--gate_thresholds``.
+
+    Attributes:
+      name: of the run.
+      documents: of training text, that they were taken from.
+      thresholds: as ``calibrate`` returns them.
+    """
+
+    name: str
+    documents: int
+    thresholds: Thresholds
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns entries of ``eval.gates``."""
+        gates = [
+            {"rule": "threshold", "signal": signal, "update_on": side, "rate": rate, "thresholds": values_n.tolist()}
+            for (signal, side, rate), values_n in self.thresholds.items()
+        ]
+        return {"name": self.name, "documents": self.documents, "gates": gates}
+
+    def table(self) -> str:
+        """Returns the result as text for a terminal, ending in a newline."""
+        cells = [["signal", "updates at", "rate", "thresholds, a TTT layer each"]]
+        for (signal, side, rate), values_n in self.thresholds.items():
+            cells.append([signal, side, f"{rate:g}", ",".join(f"{value:.6g}" for value in values_n)])
+        head = f"{self.name}: thresholds from {self.documents} training documents, every chunk written"
+        return "\n".join([head, "", *aligned(cells)]) + "\n"
 
 
 def _watch(reader: GatedDocuments, model: ModelConfig, signal: ttt.Signal, shared: bool) -> Gated:

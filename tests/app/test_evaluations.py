@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 
+from intttrain.app import cli as cli_module
+from intttrain.app import evaluate
+from intttrain.evals import gating_study
 from tests.app.conftest import World
 from tests.app.small import cli, done, error_line, unchanged
 
@@ -17,6 +20,10 @@ GATES = "--config.eval.gates=({'rule': 'online'},)"
 def result_of(workdir: Path, name: str) -> Any:
     (path,) = (workdir / "eval").rglob(f"{name}.json")
     return json.loads(path.read_text())
+
+
+def test_the_tasks_of_the_flag_are_those_of_the_command() -> None:
+    assert list(cli_module.TASKS) == list(evaluate.TASKS)
 
 
 def test_context(world: World, wild: tuple[Path, str]) -> None:
@@ -43,12 +50,29 @@ def test_gating(world: World, wild: tuple[Path, str]) -> None:
     assert len(list((wild[0] / "eval").rglob("gating_*.png"))) == 3
 
 
+def test_thresholds_go_from_calibration_into_generation(
+    world: World, wild: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gating_study, "MIN_CALIBRATION_CHUNKS", 10)
+    grid = ("--config.eval.gating.rates=(0.5,)", "--config.eval.gating.signals=('nll',)")
+    out = done("eval", world.config, f"--workdir={wild[0]}", "--task=calibrate", *grid).out
+    high, low = result_of(wild[0], "thresholds")["gates"]
+    assert (high["update_on"], low["update_on"]) == ("high", "low") and high["thresholds"] == low["thresholds"]
+    assert "training documents" in out
+    command = ("generate", f"--workdir={wild[0]}", "--prompt=" + 40 * "a", "--temperature=0", "--max_new_tokens=4")
+    texts = [
+        done(*command, "--gate=threshold", "--gate_signal=nll", f"--gate_thresholds={value}").out
+        for value in ("-1", "1e9", high["thresholds"][0])
+    ]
+    assert texts[0] == done(*command).out and texts[1] == done(*command, "--update=off").out
+
+
 @pytest.mark.parametrize(
     ("flags", "parts"),
     [
         (["--task=code"], ["--execute_model_code"]),
         (["--task=context", "--config.eval.context.lengths=(40,)"], ["[40]", "multiple of 16", "use for example 144"]),
-        (["--task=context", "--config.eval.gates=({'rule': 'threshold'},)"], ["eval.gates", "threshold"]),
+        (["--task=context", "--config.eval.gates=({'rule': 'sometimes'},)"], ["eval.gates", "sometimes"]),
         (["--task=gating", "--config.eval.gating.rules=('sometimes',)"], ["eval.gating.rules", "sometimes"]),
         (["--task=gating", "--config.eval.gating.random_seeds=3"], ["eval.gating.random_seeds", "10"]),
         (
@@ -56,6 +80,10 @@ def test_gating(world: World, wild: tuple[Path, str]) -> None:
             ["calibration_documents=2", "100"],
         ),
         (["--task=gating", "--config.eval.gating.lengths=(8,)"], ["eval.gating.lengths=[8]", "512", "303"]),
+        (
+            ["--task=context", "--config.eval.gates=({'rule': 'threshold'},)"],
+            ["takes 1 thresholds", "not 0", "calibrate"],
+        ),
         (["--task=anything"], ["--task=anything", "positions"]),
     ],
 )
