@@ -12,6 +12,7 @@ import difflib
 import json
 import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # processor must not run on another. Two workers may meet at one file; JAX then compiles again (see `filterwarnings`).
 jax.config.update("jax_compilation_cache_dir", str(REPO / ".cache" / f"jax-{jax.__version__}-{platform.node()}"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+# Linux gives a process 65,530 memory mappings (vm.max_map_count); compiled programs take about 16 each, and a process
+# that has none left dies. Beyond this many, the next test file begins without compiled programs.
+MOST_MAPPINGS = 20_000
 
 # Signatures such as Float[Array, "B T D"] are checked at every call while tests run, and only then.
 jaxtyping.install_import_hook("intttrain", "beartype.beartype")
@@ -79,6 +84,15 @@ class Golden:
             lines = difflib.unified_diff(wanted.splitlines(), text.splitlines(), "golden", "now", lineterm="", n=1)
             shown = "\n".join(list(lines)[:60])
             pytest.fail(f"tests/golden/{name} differs:\n{shown}\n{refresh}", pytrace=False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs() -> Iterator[None]:
+    """Keeps a test process below the limit of memory mappings."""
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        jax.clear_caches()
 
 
 @pytest.fixture

@@ -63,10 +63,6 @@ class _Run:
         tokenizer = self.trained.tokenizer.fingerprint
         return {"run": self.config.name, "checkpoint": self.trained.step, "tokenizer": tokenizer}
 
-    @property
-    def unit(self) -> str:
-        return "bits per byte" if self.config.prepare.tokenizer.kind == "byte" else "bits per token"
-
     def heldout(self, tokens: int, min_tokens: int) -> list[Batch]:
         """Returns held-out documents of at least ``min_tokens``, cut after ``tokens``."""
         if self.config.data.heldout is None:
@@ -169,8 +165,8 @@ def _positions(run: _Run) -> None:
 def _contexts(run: _Run) -> None:
     longest = max(run.config.eval.context.lengths)
     result = evaluate_contexts(
-        _conditions(run), run.heldout(longest, longest), run.config.eval, name=run.config.name, unit=run.unit,
-        report=report, mesh=run.mesh,
+        _conditions(run), run.heldout(longest, longest), run.config.eval, name=run.config.name,
+        unit=run.config.prepare.tokenizer.loss_unit, report=report, mesh=run.mesh,
     )  # fmt: skip
     run.finish(result, "context")
 
@@ -201,10 +197,6 @@ def _gating(run: _Run) -> None:
 
 
 def _calibrate(run: _Run) -> None:
-    if run.config.model.ttt is None:
-        raise UserError(
-            f"run {run.config.name!r} has model.ttt=None, so there is no update to gate; name a run with TTT"
-        )
     rows = run.calibration()
     thresholds = calibrate(run.config, run.trained.params, rows, mesh=run.mesh)
     run.finish(Calibration(run.config.name, len(rows), thresholds), "thresholds")

@@ -116,6 +116,11 @@ class TokenizerConfig:
     path: str | None = None  # tokenizer.json or *.model
     end_of_document: str | None = None  # the piece appended to every document (not for ``byte``)
 
+    @property
+    def loss_unit(self) -> str:
+        """What a loss divided by ln 2 is, for reports."""
+        return "bits per byte" if self.kind == "byte" else "bits per token"
+
 
 @dataclass(frozen=True, config=STRICT)
 class TextSource:

@@ -120,9 +120,9 @@ def position_on(axis: str) -> jax.Array | int:
     return jax.lax.axis_index(axis) if _sharded() else 0
 
 
-def using_mesh(mesh: jax.sharding.Mesh) -> contextlib.AbstractContextManager[Any]:
-    """Makes ``mesh`` the one that ``constrain`` sees, while a function is traced."""
-    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+def using_mesh(mesh: jax.sharding.Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """Makes ``mesh`` the one that ``constrain`` sees, while a function is traced; ``None`` changes nothing."""
+    return contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def axis_size(axis: str) -> int:

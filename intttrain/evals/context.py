@@ -9,10 +9,8 @@ Letters: N documents, T tokens, B rows of one call, Q lengths.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -25,9 +23,10 @@ from intttrain.core.config import EvalConfig, ModelConfig
 from intttrain.core.errors import UserError
 from intttrain.core.sharding import constrain, using_mesh
 from intttrain.data import Batch
+from intttrain.evals.batches import full_batches
 from intttrain.evals.bootstrap import INTERVAL, Estimate, bootstrap_difference, bootstrap_level
 from intttrain.evals.tables import aligned, estimate_json, with_interval
-from intttrain.model import PIECE_TOKENS, Params, Reading, bind, read_documents
+from intttrain.model import Params, Reading, bind, piece_tokens, read_documents
 
 
 class Condition(NamedTuple):
@@ -162,15 +161,13 @@ def _last_block(
 ) -> np.ndarray:
     """Returns the summed loss of the last ``block`` tokens of every document, nats."""
     parts = []
-    for start in range(0, len(tokens_NL), batch_rows):
-        chosen = np.arange(len(tokens_NL))[start : start + batch_rows]
-        padded = np.resize(chosen, batch_rows)
+    for count, padded in full_batches(len(tokens_NL), batch_rows):
         settings = jax.tree.map(jnp.asarray, condition.settings)
         nll_B = _read(
             condition.model, mesh, condition.gate, block, condition.params, tokens_NL[padded], padded,
             jnp.float32(condition.eta), settings,
         )  # fmt: skip
-        parts.append(np.asarray(nll_B, np.float64)[: len(chosen)])
+        parts.append(np.asarray(nll_B, np.float64)[:count])
     return np.concatenate(parts)
 
 
@@ -180,9 +177,8 @@ def _read(
     tokens_BL: jax.Array, document_B: jax.Array, eta: jax.Array, settings: ttt.GateSettings,
 ) -> jax.Array:  # fmt: skip
     rows, length = tokens_BL.shape
-    piece = math.gcd(length, PIECE_TOKENS) if model.ttt is None else model.ttt.chunk_tokens
-    reading = Reading(piece, length, gate, wants_nll=True)
-    with contextlib.nullcontext() if mesh is None else using_mesh(mesh):
+    reading = Reading(piece_tokens(model, length), length, gate, wants_nll=True)
+    with using_mesh(mesh):
         tokens_BL = constrain(tokens_BL, "batch", None)
         lengths_B = jnp.full((rows,), length)
         read, _ = read_documents(bind(model, params), reading, tokens_BL, lengths_B, document_B, eta=eta, gate=settings)

@@ -58,8 +58,7 @@ def evaluate_run(
         report(progress.line())
     if train_store is not None:
         losses |= _baselines(config, heldout_rows, train_store, report, ngram_max_tokens)
-    unit = "bits per byte" if config.prepare.tokenizer.kind == "byte" else "bits per token"
-    return make_report(losses, config.eval, name=config.name, unit=unit)
+    return make_report(losses, config.eval, name=config.name, unit=config.prepare.tokenizer.loss_unit)
 
 
 def _conditions(

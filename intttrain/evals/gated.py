@@ -7,7 +7,6 @@ Letters: N documents, M chunks of a document, n TTT layers, T tokens, B rows of 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import time
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from intttrain import ttt
 from intttrain.core.config import ModelConfig
 from intttrain.core.sharding import constrain, using_mesh
 from intttrain.data import Batch
+from intttrain.evals.batches import full_batches
 from intttrain.evals.oracles import GateGradients, Losses
 from intttrain.model import Params, Reading, bind, read_documents, token_nll
 
@@ -77,11 +77,10 @@ class GatedDocuments:
         documents_R = np.arange(len(self.tokens_NT)) if documents_R is None else documents_R
         program = self._program(rule, settings)
         began, parts = time.perf_counter(), []
-        for start in range(0, len(documents_R), self._batch_rows):
-            chosen = documents_R[start : start + self._batch_rows]
-            padded = np.resize(chosen, self._batch_rows)
-            found = program(self._params, self.tokens_NT[padded], padded, self._eta, self._piece(settings, start))
-            parts.append([np.asarray(x)[: len(chosen)] for x in found])
+        for count, asked_B in full_batches(len(documents_R), self._batch_rows):
+            chosen_B = documents_R[asked_B]
+            found = program(self._params, self.tokens_NT[chosen_B], chosen_B, self._eta, _of_rows(settings, asked_B))
+            parts.append([np.asarray(x)[:count] for x in found])
         nll_RM, gates_RMn, signal_RMn, margin_RMn = (np.concatenate(x) for x in zip(*parts, strict=True))
         seconds = time.perf_counter() - began
         return Gated(nll_RM.astype(np.float64), gates_RMn, signal_RMn, margin_RMn, seconds)
@@ -101,12 +100,10 @@ class GatedDocuments:
 
         def ask(documents_R: np.ndarray, gates_RM: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             parts = []
-            for start in range(0, len(documents_R), self._batch_rows):
-                some = slice(start, start + self._batch_rows)
-                chosen = np.resize(documents_R[some], self._batch_rows)
-                gates = np.resize(gates_RM[some], (self._batch_rows, self.chunks)).astype(np.float32)
-                found = _gradient(self._config, self._mesh, self._params, self.tokens_NT[chosen], gates, self._eta)
-                parts.append([np.asarray(x, np.float64)[: len(documents_R[some])] for x in found])
+            for count, asked_B in full_batches(len(documents_R), self._batch_rows):
+                tokens_BT, gates_BM = self.tokens_NT[documents_R[asked_B]], gates_RM[asked_B].astype(np.float32)
+                found = _gradient(self._config, self._mesh, self._params, tokens_BT, gates_BM, self._eta)
+                parts.append([np.asarray(x, np.float64)[:count] for x in found])
             nll_RM, slope_RM = (np.concatenate(x) for x in zip(*parts, strict=True))
             return nll_RM, slope_RM
 
@@ -123,18 +120,16 @@ class GatedDocuments:
             rows, tokens = self._batch_rows, self.tokens_NT.shape[1]
             lowered = _read.lower(
                 self._config, self._mesh, rule, self._params, jax.ShapeDtypeStruct((rows, tokens), jnp.int32),
-                np.zeros(rows, np.int64), self._eta, self._piece(settings, 0),
+                np.zeros(rows, np.int64), self._eta, _of_rows(settings, np.zeros(rows, np.int64)),
             )  # fmt: skip
             self._programs[rule] = lowered.compile()
         return self._programs[rule]
 
-    def _piece(self, settings: ttt.GateSettings, start: int) -> ttt.GateSettings:
-        """Returns the settings as arrays, with the forced gates of one call."""
-        settings = jax.tree.map(lambda x: np.asarray(x, np.int32 if isinstance(x, int) else np.float32), settings)
-        if settings.forced_nBM is None:
-            return settings
-        rows = np.arange(settings.forced_nBM.shape[1])[start : start + self._batch_rows]
-        return settings._replace(forced_nBM=settings.forced_nBM[:, np.resize(rows, self._batch_rows)])
+
+def _of_rows(settings: ttt.GateSettings, asked_B: np.ndarray) -> ttt.GateSettings:
+    """Returns the settings as arrays, with the forced gates of the rows of one call."""
+    settings = jax.tree.map(lambda x: np.asarray(x, np.int32 if isinstance(x, int) else np.float32), settings)
+    return settings if settings.forced_nBM is None else settings._replace(forced_nBM=settings.forced_nBM[:, asked_B])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -147,7 +142,7 @@ def _read(
     rows, tokens = tokens_BT.shape
     chunk_tokens = config.ttt.chunk_tokens
     reading = Reading(chunk_tokens, tokens, rule, wants_nll=True)
-    with contextlib.nullcontext() if mesh is None else using_mesh(mesh):
+    with using_mesh(mesh):
         tokens_BT = constrain(tokens_BT, "batch", None)
         found, _ = read_documents(
             bind(config, params), reading, tokens_BT, jnp.full((rows,), tokens), document_B, eta=eta, gate=settings
@@ -176,7 +171,7 @@ def _gradient(
         nll_BM = _by_chunk(nll_BT[:, :-1], chunk_tokens)
         return jnp.sum(nll_BM), nll_BM
 
-    with contextlib.nullcontext() if mesh is None else using_mesh(mesh):
+    with using_mesh(mesh):
         (_, nll_BM), slope_BM = jax.value_and_grad(total, has_aux=True)(gates_BM)
         return constrain(nll_BM, None, None), constrain(slope_BM, None, None)
 

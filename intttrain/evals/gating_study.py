@@ -53,8 +53,8 @@ def study_gates(
       UserError: a model without TTT, a rule that cannot follow its signal, too little text to calibrate with, or a
         length of which there is no document.
     """
-    if config.model.ttt is None:
-        raise UserError(f"run {config.name!r} has model.ttt=None, so there is no update to gate; name a run with TTT")
+    _check_updates(config)
+    assert config.model.ttt is not None
     gates = list(_gates(config))
     thresholds = calibrate(config, params, calibration_rows, mesh=mesh) if _needs_thresholds(config) else {}
     rows: list[GateRow] = []
@@ -62,11 +62,15 @@ def study_gates(
         report(f"rows of {length} tokens: {len(documents)} documents, {len(gates)} gates")
         reader = GatedDocuments(config.model, params, documents, batch_rows=config.eval.batch_rows, mesh=mesh)
         rows += _study_length(config, reader, gates, thresholds, length, report)
-    unit = "bits per byte" if config.prepare.tokenizer.kind == "byte" else "bits per token"
     return make_gating_report(
-        rows, config.eval, name=config.name, unit=unit, train_tokens=config.data.seq_len,
+        rows, config.eval, name=config.name, unit=config.prepare.tokenizer.loss_unit, train_tokens=config.data.seq_len,
         chunk_tokens=config.model.ttt.chunk_tokens,
     )  # fmt: skip
+
+
+def _check_updates(config: Config) -> None:
+    if config.model.ttt is None:
+        raise UserError(f"run {config.name!r} has model.ttt=None, so there is no update to gate; name a run with TTT")
 
 
 _Gate = tuple[str, ttt.GateRule, float]  # name in the report, rule, rate
@@ -103,8 +107,9 @@ def calibrate(
     Signals are recorded while every chunk is written; a gated model's may be others, and the realised rate shows it.
 
     Raises:
-      UserError: fewer than ``MIN_CALIBRATION_CHUNKS`` chunks.
+      UserError: a model without TTT, or fewer than ``MIN_CALIBRATION_CHUNKS`` chunks.
     """
+    _check_updates(config)
     assert config.model.ttt is not None
     chunks = sum(row.tokens_BT.shape[0] for row in rows) // config.model.ttt.chunk_tokens
     if chunks < MIN_CALIBRATION_CHUNKS:
@@ -116,7 +121,7 @@ def calibrate(
     reader = GatedDocuments(config.model, params, rows, batch_rows=config.eval.batch_rows, mesh=mesh)
     found: dict[tuple[str, str, float], np.ndarray] = {}
     for signal in config.eval.gating.signals:
-        watched = _watch(reader, config.model, signal, config.eval.gating.shared)
+        watched = _watch(reader, signal, config.eval.gating.shared)
         for side, rate in itertools.product(config.eval.gating.update_on, config.eval.gating.rates):
             quantile = 1.0 - rate if side == "high" else rate
             found[signal, side, rate] = np.quantile(watched.signal_NMn, quantile, axis=(0, 1))
@@ -154,10 +159,9 @@ class Calibration:
         return "\n".join([head, "", *aligned(cells)]) + "\n"
 
 
-def _watch(reader: GatedDocuments, model: ModelConfig, signal: ttt.Signal, shared: bool) -> Gated:
+def _watch(reader: GatedDocuments, signal: ttt.Signal, shared: bool) -> Gated:
     """Records a signal while every chunk is written."""
-    assert model.ttt is not None
-    everything = np.full(len(model.ttt.layers), -np.inf, np.float32)
+    everything = np.full(reader.layers, -np.inf, np.float32)
     return reader.read(ttt.GateRule("threshold", signal, shared=shared), ttt.GateSettings(threshold_n=everything))
 
 
@@ -213,11 +217,7 @@ def _settings(name: str, rule: ttt.GateRule, rate: float, thresholds: Thresholds
 
 def _topk(reader: GatedDocuments, rule: ttt.GateRule, rate: float) -> Gated:
     """Writes, of every document and layer, the chunks whose signals stand out when all are written: not causal."""
-    layers = reader.layers
-    watched = reader.read(
-        ttt.GateRule("threshold", rule.signal, shared=rule.shared),
-        ttt.GateSettings(threshold_n=np.full(layers, -np.inf, np.float32)),
-    )
+    watched = _watch(reader, rule.signal, rule.shared)
     sign = 1.0 if rule.update_on == "high" else -1.0
     live_M = live_gates(reader.weights_NM)[0]
     kept = round(rate * int(live_M.sum()))

@@ -9,7 +9,6 @@ Letters: B rows of one call, T tokens.
 from __future__ import annotations
 
 import collections
-import contextlib
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +24,7 @@ from intttrain.core.sharding import constrain, using_mesh
 from intttrain.data import Tokenizer
 from intttrain.evals.completion import Completer
 from intttrain.evals.context import Condition
-from intttrain.model import PIECE_TOKENS, Generator, Params, Reading, Sampling, bind, read_documents
+from intttrain.model import Generator, Params, Reading, Sampling, bind, piece_tokens, read_documents
 
 MODEL_NAME = "intttrain"
 SAMPLING_OPTIONS = {"do_sample", "max_gen_toks", "temperature", "top_k", "top_p", "until"}
@@ -125,7 +124,7 @@ class Respondent:
 
 def padded_length(tokens: int, model: ModelConfig) -> int:
     """Returns what a document is padded to, 1 to 8, 10, 12, 14, 16, 20, ... chunks: few compiled programs serve all."""
-    piece = _piece_tokens(model)
+    piece = piece_tokens(model)
     pieces = max(1, -(-tokens // piece))
     step = max(1, (1 << (pieces - 1).bit_length()) // 8)  # a quarter of the power of two below
     return piece * -(-pieces // step) * step
@@ -172,18 +171,14 @@ def register_model(load: Callable[..., Respondent]) -> None:
     register_model(MODEL_NAME)(IntttrainLM)
 
 
-def _piece_tokens(model: ModelConfig) -> int:
-    return model.ttt.chunk_tokens if model.ttt is not None else PIECE_TOKENS
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _score(
     model: ModelConfig, mesh: jax.sharding.Mesh | None, gate: ttt.GateRule, params: Params, tokens_BT: jax.Array,
     start_B: jax.Array, length_B: jax.Array, eta: jax.Array, settings: ttt.GateSettings,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Returns the summed loss of tokens ``start_B`` to ``length_B``, and whether all of them were the likeliest."""
-    reading = Reading(_piece_tokens(model), tokens_BT.shape[1], gate, wants_nll=True, wants_likeliest=True)
-    with contextlib.nullcontext() if mesh is None else using_mesh(mesh):
+    reading = Reading(piece_tokens(model), tokens_BT.shape[1], gate, wants_nll=True, wants_likeliest=True)
+    with using_mesh(mesh):
         tokens_BT = constrain(tokens_BT, "batch", None)
         read, _ = read_documents(
             bind(model, params), reading, tokens_BT, length_B, jnp.zeros_like(length_B), eta=eta, gate=settings

@@ -9,10 +9,8 @@ M = T / C chunks, n TTT layers.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import cast
 
@@ -26,7 +24,7 @@ from intttrain.core.errors import UserError
 from intttrain.core.row_order import is_balanced, stored_units
 from intttrain.core.sharding import constrain, partition_spec, using_mesh
 from intttrain.data import Batch, blank_row, stack_rows
-from intttrain.model import PIECE_TOKENS, Params, Reading, bind, read_documents, token_nll
+from intttrain.model import Params, Reading, bind, piece_tokens, read_documents, token_nll
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +165,7 @@ def _score(
     model_config: ModelConfig, mesh: jax.sharding.Mesh | None, params: Params, batch: Batch, eta: jax.Array
 ) -> tuple[jax.Array, jax.Array | None]:
     """Returns the loss of every token and the largest relative state norm that each chunk reads, on all devices."""
-    with contextlib.nullcontext() if mesh is None else using_mesh(mesh):
+    with using_mesh(mesh):
         decoder = bind(model_config, params)
         output = decoder(batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, eta=eta)
         nll_BT = token_nll(output.hidden_BTD, decoder.output_weight(), batch.labels_BT, model_config.loss_chunk_tokens)
@@ -184,14 +182,13 @@ def _score_in_chunks(
 ) -> tuple[jax.Array, None]:
     """Returns the loss of every token, read chunk by chunk; the norms of states are not watched."""
     seq_len = batch.tokens_BT.shape[1]
-    piece = math.gcd(seq_len, PIECE_TOKENS) if model_config.ttt is None else model_config.ttt.chunk_tokens
-    with contextlib.nullcontext() if mesh is None else using_mesh(mesh):
+    with using_mesh(mesh):
         decoder = bind(model_config, params)
         tokens_BT = constrain(batch.tokens_BT, "batch", None)
         length_B = jnp.sum(batch.segment_ids_BT > 0, axis=1)
         read, state = read_documents(
             decoder,
-            Reading(piece, seq_len, wants_nll=True),
+            Reading(piece_tokens(model_config, seq_len), seq_len, wants_nll=True),
             tokens_BT,
             length_B,
             jnp.arange(tokens_BT.shape[0]),

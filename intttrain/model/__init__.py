@@ -7,6 +7,7 @@ from intttrain.model.decode import (
     init_decode_state,
     next_logits,
     piece_counts,
+    piece_tokens,
     read_documents,
     read_tokens,
     restart_rows,
@@ -14,13 +15,12 @@ from intttrain.model.decode import (
 from intttrain.model.decoder import Decoder, DecoderOutput, TTTStats
 from intttrain.model.flops import FLOP_RULE, kept_values, matmul_parameters, model_flops_per_token
 from intttrain.model.functional import Params, abstract_params, bind, init_params, logical_axes
-from intttrain.model.generation import PIECE_TOKENS, Generator, Piece, Request
+from intttrain.model.generation import Generator, Piece, Request
 from intttrain.model.loss import token_nll
 from intttrain.model.sampling import Sampling, sample_tokens
 
 __all__ = [
     "FLOP_RULE",
-    "PIECE_TOKENS",
     "DecodeState",
     "Decoder",
     "DecoderOutput",
@@ -42,6 +42,7 @@ __all__ = [
     "model_flops_per_token",
     "next_logits",
     "piece_counts",
+    "piece_tokens",
     "read_documents",
     "read_tokens",
     "restart_rows",

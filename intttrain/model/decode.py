@@ -9,6 +9,7 @@ Letters: B row, T tokens of a document, P tokens of a piece, M pieces, n TTT lay
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +24,8 @@ from intttrain.model.decoder import Decoder, delta_transform
 from intttrain.model.loss import is_likeliest, prediction_entropy, token_nll
 from intttrain.model.rope import rope_tables
 from intttrain.model.stages import plan_stages, scan_layers
+
+PIECE_TOKENS = 256  # of models without chunks of their own
 
 
 class DecodeState(NamedTuple):
@@ -80,6 +83,11 @@ class Read(NamedTuple):
     decision: ttt.Decision | None
     full_B: Bool[Array, "B *M"]
     likeliest_BP: Bool[Array, "B P"] | None
+
+
+def piece_tokens(config: ModelConfig, tokens: int = PIECE_TOKENS) -> int:
+    """Returns how many tokens to read at once: a chunk, or for a dense model a divisor of ``tokens``."""
+    return config.ttt.chunk_tokens if config.ttt is not None else math.gcd(tokens, PIECE_TOKENS)
 
 
 def init_decode_state(config: ModelConfig, reading: Reading, sequence_B: Int[Array, "B"]) -> DecodeState:

@@ -8,7 +8,6 @@ Letters: B row, P tokens of a piece, J tokens drawn between two looks of the hos
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator
@@ -28,13 +27,13 @@ from intttrain.model.decode import (
     init_decode_state,
     next_logits,
     piece_counts,
+    piece_tokens,
     read_tokens,
     restart_rows,
 )
 from intttrain.model.functional import Params, bind
 from intttrain.model.sampling import Sampling, sample_tokens
 
-PIECE_TOKENS = 256  # of a prompt at once, for models without chunks of their own
 CACHE_MULTIPLE = 256  # of which caches are made, so that prompts of all lengths share few compiled programs
 
 
@@ -106,10 +105,9 @@ class Generator:
         mesh: jax.sharding.Mesh | None = None,
         draws: int = 16,
     ):
-        piece = config.ttt.chunk_tokens if config.ttt else PIECE_TOKENS
         self.config, self.params, self.mesh, self.draws = config, params, mesh, draws
         self.max_tokens = max_tokens
-        self.reading = Reading(piece, -(-max_tokens // CACHE_MULTIPLE) * CACHE_MULTIPLE, gate)
+        self.reading = Reading(piece_tokens(config), -(-max_tokens // CACHE_MULTIPLE) * CACHE_MULTIPLE, gate)
         if eta is None:
             eta = config.ttt.eta if config.ttt is not None else 0.0
         self.eta, self.settings = jnp.float32(eta), settings
@@ -213,10 +211,6 @@ class Generator:
             yield Piece(sequence, tokens, finished)
 
 
-def _in_mesh(mesh: jax.sharding.Mesh | None) -> Any:
-    return contextlib.nullcontext() if mesh is None else using_mesh(mesh)
-
-
 def _pinned(state: DecodeState) -> DecodeState:
     """Pins every part of the state to its rows, heads and feed-forward columns."""
     keys = jax.tree.map(lambda x: constrain(x, "layers", "batch", None, "kv_heads", "head_dim"), state.keys)
@@ -237,7 +231,7 @@ def _pinned(state: DecodeState) -> DecodeState:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _start(config: ModelConfig, reading: Reading, mesh: jax.sharding.Mesh | None, rows: int) -> DecodeState:
-    with _in_mesh(mesh):
+    with using_mesh(mesh):
         return _pinned(init_decode_state(config, reading, jnp.arange(rows)))
 
 
@@ -245,7 +239,7 @@ def _start(config: ModelConfig, reading: Reading, mesh: jax.sharding.Mesh | None
 def _restart(
     mesh: jax.sharding.Mesh | None, state: DecodeState, restart_B: jax.Array, sequence_B: jax.Array
 ) -> DecodeState:
-    with _in_mesh(mesh):
+    with using_mesh(mesh):
         return _pinned(restart_rows(state, restart_B, sequence_B))
 
 
@@ -255,7 +249,7 @@ def _prefill(
     tokens_BP: jax.Array, left_B: jax.Array, eta: jax.Array, settings: ttt.GateSettings,
 ) -> tuple[jax.Array, DecodeState]:  # fmt: skip
     """Reads what the next piece of every prompt takes; returns how much that is."""
-    with _in_mesh(mesh):
+    with using_mesh(mesh):
         count_B = piece_counts(config, reading, state.length_B, left_B)
         decoder = bind(config, params)
         state = read_tokens(
@@ -282,6 +276,6 @@ def _generate(
         stopped_B = jnp.any(token_B[:, None] == stops[None], axis=1)
         return (_pinned(state), jnp.where(stopped_B, 0, left_B - 1)), token_B
 
-    with _in_mesh(mesh):
+    with using_mesh(mesh):
         (state, _), tokens_JB = jax.lax.scan(step, (state, left_B), None, length=draws)
         return constrain(tokens_JB.T, None, None), state
