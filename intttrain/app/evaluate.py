@@ -184,7 +184,7 @@ def _gating(run: _Run) -> None:
         raise UserError(f"eval.gating.lengths={list(config.eval.gating.lengths)} leaves nothing to read: {missing}")
     result = study_gates(
         config, run.trained.params, rows_by_length=rows_by_length,
-        calibration_rows=run.calibration(), report=report, mesh=run.mesh,
+        calibration_rows=run.calibration(), report=report, dense=run.dense, mesh=run.mesh,
     )  # fmt: skip
 
     def plot(folder: Path) -> list[str]:

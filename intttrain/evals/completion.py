@@ -16,15 +16,17 @@ class Complete(Protocol):
     """Continues prompts with a trained model and its tokenizer."""
 
     def __call__(
-        self, prompts: Sequence[str], *, max_new_tokens: int, sampling: Sampling, stop: Sequence[str] = ()
-    ) -> Iterator[tuple[int, str]]:
+        self, prompts: Sequence[str], *, max_new_tokens: int, sampling: Sampling, stop: Sequence[str] = (),
+        sequences: Sequence[int] | None = None,
+    ) -> Iterator[tuple[int, str]]:  # fmt: skip
         """Yields the number of a prompt and its continuation, in the order in which they are finished.
 
         Args:
-          prompts: equal ones are sampled independently, by their number.
+          prompts: text, each with a token at least.
           max_new_tokens: bound on each continuation.
           sampling: how tokens are drawn.
           stop: a continuation ends before the first of these, or at the end of a document.
+          sequences: different numbers that the draws of the prompts depend on; by default 0, 1, 2, ...
 
         Raises:
           UserError: a prompt without a token, or one that with ``max_new_tokens`` is longer than the model's cache.
@@ -63,11 +65,15 @@ class Completer:
         self._generator: Generator | None = None
 
     def __call__(
-        self, prompts: Sequence[str], *, max_new_tokens: int, sampling: Sampling, stop: Sequence[str] = ()
-    ) -> Iterator[tuple[int, str]]:
+        self, prompts: Sequence[str], *, max_new_tokens: int, sampling: Sampling, stop: Sequence[str] = (),
+        sequences: Sequence[int] | None = None,
+    ) -> Iterator[tuple[int, str]]:  # fmt: skip
         """See ``Complete``; one compiled program serves prompts of all lengths up to the longest."""
         encoded = self._tokenizer.encode_many(prompts)
-        requests = [Request(n, np.asarray(ids, np.int32), max_new_tokens) for n, ids in enumerate(encoded)]
+        numbers = list(range(len(encoded)) if sequences is None else sequences)
+        requests = [
+            Request(n, np.asarray(ids, np.int32), max_new_tokens) for n, ids in zip(numbers, encoded, strict=True)
+        ]
         longest = max((len(request.prompt) for request in requests), default=0) + max_new_tokens
         if self._generator is None or self._generator.max_tokens < longest:
             self._generator = self._make_generator(longest)
@@ -85,7 +91,7 @@ class Completer:
             if piece.finished:
                 stream = streams.pop(piece.sequence)
                 stream.feed(np.zeros(0, np.int32), last=True)
-                yield piece.sequence, _before(stream.text, stop)
+                yield numbers.index(piece.sequence), _before(stream.text, stop)
 
 
 def _before(text: str, stop: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ Letters: N documents, M chunks of a document, n TTT layers, T tokens, B rows of 
 
 from __future__ import annotations
 
+import copy
 import functools
 import time
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from intttrain.evals.oracles import GateGradients, Losses
 from intttrain.model import Params, Reading, bind, read_documents, token_nll
 
 FORCED = ttt.GateRule("forced")
+SHUFFLED_EVERY, FIRST_SHUFFLED = 8, 3  # chunks of a document whose tokens are shuffled, as a control
 
 
 class Gated(NamedTuple):
@@ -109,6 +111,25 @@ class GatedDocuments:
 
         return ask
 
+    def shuffled(self, seed: int) -> tuple[GatedDocuments, np.ndarray]:
+        """Returns the documents with every eighth chunk in another order of its tokens, and bool M: which chunks."""
+        noisy_M = np.arange(self.chunks) % SHUFFLED_EVERY == FIRST_SHUFFLED
+        noisy_M[-1] = False  # nobody reads what it writes
+        chunks_NMC = self.tokens_NT.reshape(len(self.tokens_NT), self.chunks, -1).copy()
+        chunks_NMC[:, noisy_M] = np.random.default_rng(seed).permuted(chunks_NMC[:, noisy_M], axis=2)
+        noisy = copy.copy(self)
+        noisy.tokens_NT = chunks_NMC.reshape(self.tokens_NT.shape)
+        return noisy, noisy_M
+
+    def dense_nll(self, model: ModelConfig, params: Params) -> np.ndarray:
+        """Returns the losses of a model without TTT by the same chunks (N M, nats)."""
+        parts = []
+        chunk_tokens = self.tokens_NT.shape[1] // self.chunks
+        for count, asked_B in full_batches(len(self.tokens_NT), self._batch_rows):
+            found_BM = _read_dense(model, self._mesh, chunk_tokens, params, self.tokens_NT[asked_B])
+            parts.append(np.asarray(found_BM, np.float64)[:count])
+        return np.concatenate(parts)
+
     def compiled_flops(self, rule: ttt.GateRule, settings: ttt.GateSettings) -> float | None:
         """Returns what the compiler counts for a call under this rule; ``None`` where it does not count."""
         cost = self._program(rule, settings).cost_analysis()
@@ -150,6 +171,20 @@ def _read(
         assert found.nll_BP is not None and found.decision is not None
         decisions = [constrain(jnp.moveaxis(x_nBM, 0, 2), None, None, None) for x_nBM in found.decision]
         return constrain(_by_chunk(found.nll_BP[:, 1:], chunk_tokens), None, None), *decisions
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _read_dense(
+    config: ModelConfig, mesh: jax.sharding.Mesh | None, chunk_tokens: int, params: Params, tokens_BT: jax.Array
+) -> jax.Array:
+    rows, tokens = tokens_BT.shape
+    with using_mesh(mesh):
+        found, _ = read_documents(
+            bind(config, params), Reading(chunk_tokens, tokens, wants_nll=True), constrain(tokens_BT, "batch", None),
+            jnp.full((rows,), tokens), jnp.arange(rows), eta=jnp.float32(0.0),
+        )  # fmt: skip
+        assert found.nll_BP is not None
+        return constrain(_by_chunk(found.nll_BP[:, 1:], chunk_tokens), None, None)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -230,6 +230,22 @@ def measure_rule(
     )
 
 
+def measure_shuffled(
+    own_NMn: np.ndarray, shuffled_NMn: np.ndarray, noisy_M: np.ndarray, eval_config: EvalConfig
+) -> Estimate:
+    """Returns how much more often a rule writes a chunk when its tokens are shuffled; a useful rule is below 0.
+
+    Args:
+      own_NMn: decisions about the documents as they are.
+      shuffled_NMn: about the same documents with some chunks shuffled.
+      noisy_M: which chunks are.
+      eval_config: ``bootstrap_samples`` and ``seed`` are used.
+    """
+    more_N1 = (shuffled_NMn - own_NMn)[:, noisy_M].sum(axis=(1, 2))[:, None]
+    places_N1 = np.full(more_N1.shape, float(noisy_M.sum() * own_NMn.shape[2]))
+    return bootstrap_ratio(more_N1, places_N1, samples=eval_config.bootstrap_samples, seed=eval_config.seed)
+
+
 def _selectivity(
     gates_NMn: np.ndarray, signal_NMn: np.ndarray, weights_NM: np.ndarray, options: Mapping[str, int]
 ) -> Estimate:

@@ -61,11 +61,17 @@ class GateCost:
 
 @dataclasses.dataclass(frozen=True)
 class GateRow:
-    """One rule at one setting."""
+    """One rule at one setting.
+
+    Attributes:
+      shuffled: how much more often it writes a chunk whose tokens are shuffled (``gating_metrics.measure_shuffled``);
+        ``None`` for a rule that does not look.
+    """
 
     setting: GateSetting
     metrics: GatingMetrics
     cost: GateCost = GateCost()
+    shuffled: Estimate | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +126,8 @@ class GatingReport:
                 f"{first.documents} documents, {first.tokens} predicted tokens",
                 *_quality_lines(rows),
                 "",
-                "difference to blind decisions with as many updates in every document:",
+                "difference to blind decisions with as many updates in every document; how much more often a chunk is "
+                "written when its tokens are shuffled:",
                 *_control_lines(rows),
             ]
             if any(row.metrics.recoveries for row in rows):
@@ -253,10 +260,11 @@ def _quality_lines(rows: Sequence[GateRow]) -> list[str]:
 
 
 def _control_lines(rows: Sequence[GateRow]) -> list[str]:
-    cells = [[*_KEY_HEADER, *(f"rule - {name}" for name in MATCHED)]]
+    cells = [[*_KEY_HEADER, *(f"rule - {name}" for name in MATCHED), "if shuffled"]]
     for row in rows:
         differences = (row.metrics.differences[f"rule - {name}"] for name in MATCHED)
-        cells.append([*_key(row), *(with_interval(difference, 0, signed=True) for difference in differences)])
+        shuffled = "-" if row.shuffled is None else with_interval(row.shuffled, 0, signed=True)
+        cells.append([*_key(row), *(with_interval(difference, 0, signed=True) for difference in differences), shuffled])
     return aligned(cells)
 
 
@@ -287,6 +295,7 @@ def _row_json(row: GateRow) -> dict[str, Any]:
             for oracle, recoveries in metrics.recoveries.items()
         },
         "selectivity": None if metrics.selectivity is None else estimate_json(metrics.selectivity, 0),
+        "shuffled": None if row.shuffled is None else estimate_json(row.shuffled, 0),
         "cost": {name: None if x is None else finite(x) for name, x in dataclasses.asdict(row.cost).items()},
         "chunks": [
             {

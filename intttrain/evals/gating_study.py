@@ -18,9 +18,18 @@ from intttrain.core.config import Config, ModelConfig
 from intttrain.core.errors import UserError
 from intttrain.data import Batch
 from intttrain.evals.gated import Gated, GatedDocuments
-from intttrain.evals.gating_metrics import measure_rule, score_bases, score_controls, shared_counts
+from intttrain.evals.gating_metrics import measure_rule, measure_shuffled, score_bases, score_controls, shared_counts
 from intttrain.evals.gating_report import GateCost, GateRow, GateSetting, GatingReport, make_gating_report
-from intttrain.evals.oracles import Outcome, enumerate_decisions, first_order, greedy, live_gates, make_outcome, rollout
+from intttrain.evals.oracles import (
+    MAX_TREE_GATES,
+    Outcome,
+    enumerate_decisions,
+    first_order,
+    greedy,
+    live_gates,
+    make_outcome,
+    rollout,
+)
 from intttrain.evals.tables import aligned
 from intttrain.model import Params, model_flops_per_token
 
@@ -37,6 +46,7 @@ def study_gates(
     rows_by_length: Mapping[int, Sequence[Batch]],
     calibration_rows: Sequence[Batch],
     report: Report,
+    dense: tuple[ModelConfig, Params] | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> GatingReport:
     """Reads held-out documents under every rule of ``config.eval.gating`` and measures what the decisions are worth.
@@ -47,6 +57,7 @@ def study_gates(
       rows_by_length: by T, documents of at least so many tokens, from ``data.document_rows``.
       calibration_rows: training documents, for rules with thresholds.
       report: receives progress lines.
+      dense: a model trained without TTT, whose losses are shown beside the others.
       mesh: rows are cut over ``data`` and ``fsdp``.
 
     Raises:
@@ -61,7 +72,8 @@ def study_gates(
     for length, documents in rows_by_length.items():
         report(f"rows of {length} tokens: {len(documents)} documents, {len(gates)} gates")
         reader = GatedDocuments(config.model, params, documents, batch_rows=config.eval.batch_rows, mesh=mesh)
-        rows += _study_length(config, reader, gates, thresholds, length, report)
+        references = _references(reader, dense)
+        rows += _study_length(config, reader, gates, thresholds, references, length, report)
     return make_gating_report(
         rows, config.eval, name=config.name, unit=config.prepare.tokenizer.loss_unit, train_tokens=config.data.seq_len,
         chunk_tokens=config.model.ttt.chunk_tokens,
@@ -165,22 +177,34 @@ def _watch(reader: GatedDocuments, signal: ttt.Signal, shared: bool) -> Gated:
     return reader.read(ttt.GateRule("threshold", signal, shared=shared), ttt.GateSettings(threshold_n=everything))
 
 
+def _references(reader: GatedDocuments, dense: tuple[ModelConfig, Params] | None) -> dict[str, Outcome]:
+    """Returns what is shown beside all rules of a length."""
+    losses, weights_NM = reader.losses(), reader.weights_NM
+    found = score_bases(losses, weights_NM) | {"greedy": greedy(losses, weights_NM)}
+    if dense is not None:
+        found["dense"] = make_outcome(np.zeros((*weights_NM.shape, 1)), reader.dense_nll(*dense), weights_NM)
+    return found
+
+
 def _study_length(
-    config: Config, reader: GatedDocuments, gates: Sequence[_Gate], thresholds: Thresholds, length: int, report: Report
+    config: Config,
+    reader: GatedDocuments,
+    gates: Sequence[_Gate],
+    thresholds: Thresholds,
+    references: Mapping[str, Outcome],
+    length: int,
+    report: Report,
 ) -> Iterator[GateRow]:
     """Yields the rows of one length, each with its controls and oracles."""
     study, weights_NM, losses = config.eval.gating, reader.weights_NM, reader.losses()
-    references = score_bases(losses, weights_NM) | {"greedy": greedy(losses, weights_NM)}
-    oracles: dict[str, Outcome] = {}
-    for base in ("always", "never"):
-        if f"rollout_{base}" in study.oracles:
-            oracles[f"rollout_{base}"] = rollout(losses, weights_NM, base=base)
-    tree = None
-    if "tree" in study.oracles and live_gates(weights_NM)[0].sum() <= 7:
-        tree = enumerate_decisions(losses, weights_NM)
-        oracles["tree"] = tree.best()
-    always = ttt.GateRule("always")
-    base_flops = reader.compiled_flops(always, ttt.GateSettings())
+    oracles = {
+        f"rollout_{base}": rollout(losses, weights_NM, base=base)
+        for base in ("always", "never")
+        if f"rollout_{base}" in study.oracles
+    }
+    if "tree" in study.oracles and live_gates(weights_NM)[0].sum() <= MAX_TREE_GATES:
+        oracles["tree"] = enumerate_decisions(losses, weights_NM).best()
+    noisy, noisy_M = reader.shuffled(config.eval.seed)
     for name, rule, rate in gates:
         settings = _settings(name, rule, rate, thresholds, config)
         found = _topk(reader, rule, rate) if name == "topk" else reader.read(rule, settings)
@@ -189,22 +213,28 @@ def _study_length(
         if "first_order" in study.oracles:
             counts_N = shared_counts(found.gates_NMn, weights_NM)
             own["first_order"], _ = first_order(losses, reader.gradients(), weights_NM, counts_N)
-        controls = score_controls(losses, outcome.gates_NMn, weights_NM, seeds=range(study.random_seeds))
         metrics = measure_rule(
-            outcome, references=references, controls=controls, oracles=own, weights_NM=weights_NM,
+            outcome, references=references, oracles=own, weights_NM=weights_NM,
+            controls=score_controls(losses, outcome.gates_NMn, weights_NM, seeds=range(study.random_seeds)),
             signal_NMn=found.signal_NMn if rule.uses_signal else None, eval_config=config.eval,
         )  # fmt: skip
-        flops = None if name == "topk" else reader.compiled_flops(rule, settings)
+        side: Literal[1, -1] = 1 if rule.update_on == "high" else -1
+        signal = rule.signal if rule.uses_signal else None
+        setting = GateSetting(name, signal, side if signal else None, rate, length)
+        report(f"  {setting.line} at {rate:g}: {metrics.rate:.3f} written, {found.seconds:.1f} s")
+        shuffled, flops = None, None
+        if name != "topk":  # which is no rule that reads as it goes
+            flops = reader.compiled_flops(rule, settings)
+            if signal and noisy_M.any():
+                seen_NMn = noisy.read(rule, settings).gates_NMn
+                shuffled = measure_shuffled(found.gates_NMn, seen_NMn, noisy_M, config.eval)
+        base_flops = reader.compiled_flops(ttt.GateRule("always"), ttt.GateSettings())
         cost = GateCost(
             flops_share=flops_share(config.model, length, metrics.rate),
             compiled_share=None if flops is None or base_flops is None else flops / base_flops,
             seconds=found.seconds,
         )
-        side: Literal[1, -1] = 1 if rule.update_on == "high" else -1
-        signal = rule.signal if rule.uses_signal else None
-        setting = GateSetting(name, signal, side if signal else None, rate, length)
-        report(f"  {setting.line} at {rate:g}: {metrics.rate:.3f} written, {found.seconds:.1f} s")
-        yield GateRow(setting, metrics, cost)
+        yield GateRow(setting, metrics, cost, shuffled)
 
 
 def _settings(name: str, rule: ttt.GateRule, rate: float, thresholds: Thresholds, config: Config) -> ttt.GateSettings:

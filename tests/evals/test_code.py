@@ -28,13 +28,13 @@ class Scripted:
 
     def __init__(self, solved: Sequence[int] = (), *, stop_after: int | None = None) -> None:
         self.asked: list[str] = []
-        self.seeds: list[int] = []
+        self.sequences: list[int] = []
         self._completions = {p.prompt: p.solution if i in solved else WRONG for i, p in enumerate(load_problems())}
         self._stop_after = stop_after
 
-    def __call__(self, prompts, *, max_new_tokens, sampling, stop=()) -> Iterator[tuple[int, str]]:
+    def __call__(self, prompts, *, max_new_tokens, sampling, stop=(), sequences=None) -> Iterator[tuple[int, str]]:
         assert tuple(stop) == STOP
-        self.seeds.append(sampling.seed)
+        self.sequences += sequences
         for done, i in enumerate(reversed(range(len(prompts)))):  # not in the order in which they were given
             if done == self._stop_after:
                 raise KeyboardInterrupt
@@ -154,7 +154,7 @@ def test_an_interrupted_evaluation_goes_on(tmp_path):
     second = Scripted((0, 1))
     report = evaluate({"on": second}, tmp_path, config)
     assert len(second.asked) == 2
-    assert second.seeds == [4]  # draws of its own: equal prompts have other numbers now
+    assert second.sequences == [0, 1]  # the numbers of the samples that are missing
     np.testing.assert_allclose(report.levels["on"].value_P, [200 / 3, 200 / 3])
 
     # With a verdict less, the one program runs and nothing is asked.

@@ -59,6 +59,14 @@ def test_continuations_end_before_a_stop_string_and_do_not_see_each_other(counti
     assert complete(counting, ["", "b"][1:], max_new_tokens=1)[0] is not None
 
 
+def test_what_is_drawn_follows_the_number_and_not_the_place(counting: Counting) -> None:
+    """So that an evaluation that was interrupted draws what it would have drawn."""
+    whole = complete(counting, ["ab", "ab", "c", "ab"])
+    assert len({whole[0], whole[1], whole[3]}) == 3
+    rest = complete(counting, ["ab", "ab"], sequences=[3, 1])
+    assert [rest[0], rest[1]] == [whole[3], whole[1]]
+
+
 def test_a_prompt_without_a_token_is_refused(counting: Counting) -> None:
     with pytest.raises(UserError, match="prompt 1 has no token"):
         complete(counting, ["a", ""])

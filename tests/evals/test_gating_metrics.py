@@ -16,6 +16,7 @@ from intttrain.evals.gating_metrics import (
     first_gates,
     last_gates,
     measure_rule,
+    measure_shuffled,
     periodic_gates,
     random_gates,
     score_bases,
@@ -289,3 +290,14 @@ def test_selectivity_without_both_kinds_or_values():
     holes_NMn[:, 0] = np.nan  # a signal that the first chunk does not have
     late_NMn = np.where(np.arange(6)[None, :, None] == 0, 1.0, decisions(3, world))
     assert np.isfinite(measured(world, late_NMn, signal_NMn=holes_NMn).selectivity.value_P[0])
+
+
+def test_shuffled_chunks_are_compared_with_themselves():
+    """Two layers, chunks 1 and 3: 4 places in each of three documents, in which 0, 1 and 2 less are written."""
+    own_NMn = np.ones((3, 5, 2))
+    seen_NMn = own_NMn.copy()
+    seen_NMn[1, 1, 0] = seen_NMn[2, 1, 1] = seen_NMn[2, 3, 0] = 0
+    seen_NMn[:, 4] = 0  # not shuffled, does not count
+    found = measure_shuffled(own_NMn, seen_NMn, np.array([False, True, False, True, False]), CONFIG)
+    assert found.value_P[0] == pytest.approx(-3 / 12)
+    assert -0.5 <= found.low_P[0] <= -0.25 <= found.high_P[0] <= 0

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from intttrain.core.config import EvalConfig
 from intttrain.core.errors import UserError
 from intttrain.evals import gating_figure
+from intttrain.evals.bootstrap import Estimate
 from intttrain.evals.gating_figure import plot_gating
 from intttrain.evals.gating_metrics import Controls, measure_rule
 from intttrain.evals.gating_report import GateCost, GateRow, GateSetting, make_gating_report
@@ -29,7 +30,7 @@ def outcome(bits, gates_M, chunks, spread=0.0, documents=DOCUMENTS):
     return make_outcome(np.tile(gates_M[None, :, None], (documents, 1, 1)), nll_NM, weight_NM)
 
 
-def row(rule, bits, rate, *, sign=1, chunks=4, oracle=2.0, cost=None, signal=True, documents=DOCUMENTS):
+def row(rule, bits, rate, *, sign=1, chunks=4, oracle=2.0, cost=None, signal=True, documents=DOCUMENTS, shuffled=None):
     """One row of the study; ``rate`` of the gates are 1, the early ones, and the signal falls."""
     gates_M = (np.arange(chunks) < round(rate * (chunks - 1))).astype(float)
 
@@ -53,12 +54,13 @@ def row(rule, bits, rate, *, sign=1, chunks=4, oracle=2.0, cost=None, signal=Tru
     )
     name = "reconstruction" if signal else None
     setting = GateSetting(rule, name, sign if signal else None, rate, chunks * CHUNK)
-    return GateRow(setting, metrics, cost or GateCost())
+    return GateRow(setting, metrics, cost or GateCost(), shuffled)
 
 
 def study():
+    less = Estimate(*(np.array([x]) for x in (-0.5, -0.75, -0.25)))
     return [
-        row("online", 2.25, 1 / 3, cost=GateCost(flops_share=0.9712, compiled_share=0.98, seconds=1.5)),
+        row("online", 2.25, 1 / 3, cost=GateCost(flops_share=0.9712, compiled_share=0.98, seconds=1.5), shuffled=less),
         row("online", 2.375, 2 / 3),
         row("online", 2.625, 2 / 3, sign=-1),
         row("periodic", 2.375, 2 / 3, signal=False),
@@ -95,6 +97,7 @@ def test_json_holds_the_numbers_of_the_table_and_nothing_odd():
     assert [chunk["mean_decision_per_layer"] for chunk in first["chunks"]] == [[1.0], [0.0], [0.0], [None]]
     assert first["chunks"][2]["rule - never"]["value"] == pytest.approx(-0.75)
     assert content["rows"][3]["selectivity"] is None
+    assert first["shuffled"] == {"value": -0.5, "low": -0.75, "high": -0.25} and content["rows"][1]["shuffled"] is None
 
 
 def test_a_share_inside_the_noise_is_not_printed_and_the_report_says_so():

@@ -61,6 +61,26 @@ def test_gates_that_layers_share_and_their_gradient() -> None:
     np.testing.assert_allclose(gradient, slope, rtol=1e-3, atol=1e-4)
 
 
+def test_shuffled_chunks_keep_their_tokens_and_all_others_their_order() -> None:
+    noisy, noisy_M = reader().shuffled(0)
+    assert noisy_M.tolist() == [False, False, False, True, False, False]
+    own_NMC, other_NMC = (x.tokens_NT.reshape(4, CHUNKS, CHUNK) for x in (reader(), noisy))
+    np.testing.assert_array_equal(np.sort(other_NMC, axis=2), np.sort(own_NMC, axis=2))
+    assert np.array_equal(np.any(other_NMC != own_NMC, axis=(0, 2)), noisy_M)
+    # The chunks before know nothing of it.
+    own, seen = reader().read(RULE, SETTINGS), noisy.read(RULE, SETTINGS)
+    np.testing.assert_array_equal(seen.signal_NMn[:, :3], own.signal_NMn[:, :3])
+    assert np.any(seen.signal_NMn[:, 3] != own.signal_NMn[:, 3])
+
+
+def test_losses_of_a_dense_model_by_chunk() -> None:
+    """A model whose layers write nothing is one without TTT."""
+    dense = dataclasses.replace(MODEL, ttt=None)
+    params = {name: leaf for name, leaf in PARAMS.items() if name != "ttt"}
+    never = reader().read(ttt.GateRule("never"), ttt.GateSettings())
+    np.testing.assert_allclose(reader().dense_nll(dense, params), never.nll_NM, rtol=1e-5)
+
+
 def config(**gating: Any) -> Config:
     tree = default_config()
     tree.data.seq_len = tree.eval.seq_len = T
@@ -93,9 +113,11 @@ def test_a_study_from_documents_to_its_table() -> None:
     settings = config(rules=("online", "percentile", "ponder_ema", "periodic", "topk"), update_on=("high", "low"),
                       oracles=("tree", "rollout_always", "first_order"))  # fmt: skip
     lines: list[str] = []
+    dense = (dataclasses.replace(MODEL, ttt=None), {name: leaf for name, leaf in PARAMS.items() if name != "ttt"})
     report = study_gates(
-        settings, PARAMS, rows_by_length={T: documents(8)}, calibration_rows=documents(20, 1), report=lines.append
-    )
+        settings, PARAMS, rows_by_length={T: documents(8)}, calibration_rows=documents(20, 1), report=lines.append,
+        dense=dense,
+    )  # fmt: skip
     names = [(row.setting.rule, row.setting.sign) for row in report.rows]
     both = [(rule, sign) for rule in ("online", "percentile") for sign in (1, -1)]
     assert names == [*both, ("ponder_ema", 1), ("periodic", None), ("topk", 1), ("topk", -1)]
@@ -103,6 +125,8 @@ def test_a_study_from_documents_to_its_table() -> None:
     for row in report.rows:
         levels = {name: float(level.value_P[0]) for name, level in row.metrics.levels.items()}
         # One decision for all layers: no bound for rules that decide by layer, but for these two and all blind ones.
+        assert levels["dense"] == pytest.approx(levels["never"], rel=1e-5)
+        assert (row.shuffled is None) == (row.setting.rule in ("periodic", "topk"))
         assert levels["tree"] <= min(levels[name] for name in ("never", "always", "rollout_always")) + 1e-9
         assert row.cost.seconds is not None and row.cost.flops_share is not None and 0 < row.cost.flops_share <= 1
     assert report.rows[-2].metrics.rate == pytest.approx(0.4)  # 2 of 5 live gates

@@ -111,16 +111,16 @@ def _ask(
         [file is not None and file.find(q.key, q.problem.prompt) is not None for q in questions], np.uint8
     )
     known_N = decided_by_first(known_N)
-    wanted = [question for question, known in zip(questions, known_N, strict=True) if not known]
-    if not wanted:
+    places = np.flatnonzero(known_N == 0).tolist()
+    if not places:
         return
-    # Prompts are numbered from 0 in every call, and draws follow the number: after an interruption a problem would
-    # draw again what another of its samples has drawn already. So the seed counts what is there.
-    seed = code.seed + len(questions) - len(wanted)
-    sampling = Sampling(temperature=code.temperature, top_p=code.top_p, seed=seed)
+    wanted = [questions[place] for place in places]
+    sampling = Sampling(temperature=code.temperature, top_p=code.top_p, seed=code.seed)
     progress = Progress(f"{condition} HumanEval", total=len(wanted), stream=LineStream(report))
     prompts = [question.problem.prompt for question in wanted]
-    for number, text in complete(prompts, max_new_tokens=code.max_new_tokens, sampling=sampling, stop=STOP):
+    for number, text in complete(
+        prompts, max_new_tokens=code.max_new_tokens, sampling=sampling, stop=STOP, sequences=places
+    ):  # after an interruption too a sample is what it would have been
         if file is not None:
             file.add(wanted[number].key, prompts[number], text)
         progress.advance()
