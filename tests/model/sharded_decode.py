@@ -15,7 +15,10 @@ from intttrain import ttt
 from intttrain.core.config import MeshConfig
 from intttrain.core.mesh import make_mesh
 from intttrain.core.sharding import named_shardings
+from intttrain.data.tokenizers import ByteTokenizer
+from intttrain.evals.context import Condition
 from intttrain.evals.gated import GatedDocuments
+from intttrain.evals.harness import Respondent
 from intttrain.model import Generator, Request, Sampling, logical_axes
 from tests.model.test_gates import MODEL, PARAMS, TOKENS
 
@@ -25,7 +28,7 @@ PROMPTS = [TOKENS[n % 4, : 3 + 4 * n] for n in range(6)]
 
 
 def results(mesh: Any) -> dict[str, Any]:
-    """Continuations of six prompts in four rows, and losses and gates of documents under a rule."""
+    """Continuations of six prompts in four rows, losses and gates under a rule, scores of all next tokens."""
     params = PARAMS
     if mesh is not None:
         params = jax.device_put(params, named_shardings(mesh, logical_axes(MODEL), params))
@@ -35,7 +38,9 @@ def results(mesh: Any) -> dict[str, Any]:
         continuations[piece.sequence] += piece.tokens.tolist()
     rows = [type("Row", (), {"tokens_BT": tokens})() for tokens in TOKENS]
     found = GatedDocuments(MODEL, params, rows, batch_rows=4, mesh=mesh).read(RULE, ttt.GateSettings())
+    reader = Respondent(Condition(MODEL, params, 0.5), ByteTokenizer(), rows=4, report=lambda _: None, mesh=mesh)
     return {
+        "scores": reader.score([(TOKENS[0, :9], [token]) for token in range(MODEL.vocab_size)]),
         "continuations": [continuations[n] for n in continuations],
         "nll": found.nll_NM.tolist(),
         "gates": np.asarray(found.gates_NMn).tolist(),

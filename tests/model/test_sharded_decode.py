@@ -13,7 +13,9 @@ def test_every_mesh_draws_the_same_tokens_and_makes_the_same_decisions() -> None
     one = found.pop("one")
     assert set(found) == set(MESHES) and all(len(tokens) == 7 for tokens in one["continuations"])
     assert 0 < np.mean(one["gates"]) < 1
+    assert sum(likeliest for _, likeliest in one["scores"]) == 1
     for name, other in found.items():
         assert other["continuations"] == one["continuations"], name
         assert other["gates"] == one["gates"], name
+        np.testing.assert_allclose(other["scores"], one["scores"], rtol=2e-5, err_msg=name)
         np.testing.assert_allclose(other["nll"], one["nll"], rtol=2e-5, err_msg=name)
