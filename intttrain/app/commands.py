@@ -10,8 +10,9 @@ from typing import Any
 import jax
 from absl import flags
 
-from intttrain.app.loop import NonFiniteError, train
+from intttrain.app.loop import train
 from intttrain.app.runs import load_trained, parameter_counts
+from intttrain.app.skips import UnhealthyStepsError
 from intttrain.core.config import Config, as_dict, resolve
 from intttrain.core.distributed import process_index, start_distributed
 from intttrain.core.dotted import flatten
@@ -93,7 +94,7 @@ def train_model(values: flags.FlagValues) -> int:
         result = train(
             config, Path(values.workdir), stop_at_step=values.stop_at_step, report=report if first else lambda _: None
         )
-    except NonFiniteError as error:
+    except UnhealthyStepsError as error:
         report(f"error: {error}")
         return 3
     status = 0 if result.signal_number is None else 128 + result.signal_number

@@ -11,11 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import cast
 
-import jax.numpy as jnp
-import numpy as np
-
 from intttrain.app.live import LiveEvaluation
 from intttrain.app.runs import Identity, claim_workdir, make_identity, parameter_counts
+from intttrain.app.skips import BadStep, Skips, find_bad_step
 from intttrain.core.agreement import largest, on_first_process
 from intttrain.core.config import Config
 from intttrain.core.distributed import process_count, process_index
@@ -24,7 +22,7 @@ from intttrain.core.metrics import MetricWriters, make_metric_writers
 from intttrain.core.progress import StepTimer, human_count
 from intttrain.core.sharding import check_evaluation
 from intttrain.core.stages import Stage, make_stages, stage_after
-from intttrain.data import Batch, describe_rows, make_batches, make_row_dataset
+from intttrain.data import Batch, make_batches, make_row_dataset
 from intttrain.train import (
     Checkpoints,
     Program,
@@ -36,10 +34,6 @@ from intttrain.train import (
 )
 
 STATE_WARNING = 10.0  # |S| / |W0|; healthy runs stay below about 4
-
-
-class NonFiniteError(UserError):
-    """The loss or the gradient of a step is not finite. The update was not applied."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +64,7 @@ def train(config: Config, workdir: Path, *, stop_at_step: int | None, report: Ca
 
     Raises:
       UserError: input that does not fit together, an occupied workdir, a checkpoint that cannot be written.
-      NonFiniteError: names the step and its rows; the state before it is saved.
+      UnhealthyStepsError: too many steps were not applied (``train.skip``); the state before them is saved.
     """
     stages = make_stages(config)
     programs = [_make_program(stage) for stage in stages]  # compiles nothing: what does not fit is refused here
@@ -83,7 +77,7 @@ def train(config: Config, workdir: Path, *, stop_at_step: int | None, report: Ca
     ):
         stage = stage_after(stages, checkpoints.latest_step() or 0)
         program = programs[stage.number - 1]
-        state, cursor = _start(config, stage, program, checkpoints, identity, report)
+        state, cursor, skips = _start(config, stage, program, checkpoints, identity, report)
         batches = _open_batches(stage, program, cursor)
         start = step = int(state["step"])
         last = config.train.num_steps if stop_at_step is None else min(stop_at_step, config.train.num_steps)
@@ -99,16 +93,20 @@ def train(config: Config, workdir: Path, *, stop_at_step: int | None, report: Ca
                 state, metrics = program.step(state, program.place(next(batches)))
                 bad = log.read_one_late(step + 1, cursor, metrics)
                 step, cursor = step + 1, stage.cursor_after(cursor)
-                ends, evaluates = step == stage.until_step, evaluation.is_due(step)
-                if bad or ((ends or evaluates or checkpoints.should_save(step)) and (bad := log.read_rest())):
-                    _save_and_refuse(stage, checkpoints, state, identity, bad)
+                ends, evaluates = step in (stage.until_step, last), evaluation.is_due(step)
+                if not bad and (ends or evaluates or checkpoints.should_save(step)):
+                    bad = log.read_rest()
+                if bad:
+                    state, step, cursor = skips.pass_over(bad, state, checkpoints, identity)
+                    batches = _open_batches(stage, program, cursor)
+                    continue
                 with log.timer.excluded():
-                    checkpoints.save(step, dict(state), identity.info(step, cursor), force=ends)
+                    checkpoints.save(step, dict(state), identity.info(step, cursor, skips.batches), force=ends)
                     if evaluates:
                         writers.write(step, evaluation.evaluate(step, stage.config, state["params"], program.mesh))
-            if bad := log.read_rest():
-                _save_and_refuse(stage, checkpoints, state, identity, bad)
-            checkpoints.save(step, dict(state), identity.info(step, cursor), force=True)
+            if bad := log.read_rest():  # of an interrupted run
+                state, step, cursor = skips.pass_over(bad, state, checkpoints, identity)
+            checkpoints.save(step, dict(state), identity.info(step, cursor, skips.batches), force=True)
             checkpoints.wait()
     return TrainResult(step, step >= config.train.num_steps, interrupts.received, log.last)
 
@@ -138,46 +136,19 @@ def _open_batches(stage: Stage, program: Program, cursor: int) -> Iterator[Batch
 def _start(
     config: Config, stage: Stage, program: Program, checkpoints: Checkpoints, identity: Identity,
     report: Callable[[str], None],
-) -> tuple[TrainState, int]:  # fmt: skip
-    """Returns the state and the data cursor to go on from: the newest checkpoint, else a fresh model."""
+) -> tuple[TrainState, int, Skips]:  # fmt: skip
+    """Returns state, data cursor and skips to go on from: those of the newest checkpoint, else a fresh model's."""
     counts = parameter_counts(config)
     size = f"{human_count(counts['parameters'])} parameters ({human_count(counts['ttt_parameters'])} for TTT)"
     where = f"{stage}; " if stage.count > 1 else ""
     if checkpoints.latest_step() is None:
         report(f"{config.name}: new run, {size}, {config.train.num_steps} steps; {where}compiling")
-        return program.init(), 0
+        return program.init(), 0, Skips(config.train.skip, (), report)
     state, info = checkpoints.restore_latest(program.state)
     check_compatible(info, identity.flat_config, identity.fingerprint)  # config.json may be another run's by now
     todo = "nothing is left to do" if info.step >= config.train.num_steps else f"{size}; {where}compiling"
     report(f"{config.name}: resumed at step {info.step} of {config.train.num_steps}, {todo}")
-    return cast(TrainState, state), info.data_cursor
-
-
-def _save_and_refuse(
-    stage: Stage, checkpoints: Checkpoints, state: TrainState, identity: Identity, bad: _BadStep
-) -> None:
-    """Saves the state before the bad step, in which it is unchanged, and raises."""
-    good = bad.step - 1
-    healthy = {**state, "healthy": jnp.logical_or(state["healthy"], True)}
-    checkpoints.save(good, healthy, identity.info(good, bad.cursor), force=True)
-    checkpoints.wait()
-    places = "; ".join(describe_rows(stage.config.data, bad.rows[:3], stage.block_tokens))
-    raise NonFiniteError(
-        f"step {bad.step}: loss={bad.loss} grad_norm={bad.grad_norm} is not finite; the update was not applied and "
-        f"step {good} is saved. Rows {bad.rows[0]} to {bad.rows[-1]} ({places}); look at them, "
-        "or start another --workdir with a lower train.schedule.peak_learning_rate or model.ttt.eta"
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class _BadStep:
-    """A step whose update was refused, the data cursor before it, and the global rows to look at."""
-
-    step: int
-    cursor: int
-    rows: list[int]
-    loss: float
-    grad_norm: float
+    return cast(TrainState, state), info.data_cursor, Skips(config.train.skip, info.skipped, report)
 
 
 class _Log:
@@ -195,24 +166,24 @@ class _Log:
         self._stage, self.timer = stage, StepTimer()
         self._report(f"{stage}; compiling")
 
-    def read_one_late(self, step: int, cursor: int, metrics: StepMetrics) -> _BadStep | None:
+    def read_one_late(self, step: int, cursor: int, metrics: StepMetrics) -> BadStep | None:
         """Takes the metrics of ``step``, which began at ``cursor``, and reads those before.
 
-        Returns a non-finite step if it met one.
+        Returns a step that was not applied if it met one; the step after it was not either.
         """
         bad = self.read_rest()
-        self._pending = (step, cursor, metrics)
+        self._pending = None if bad else (step, cursor, metrics)
         return bad
 
-    def read_rest(self) -> _BadStep | None:
+    def read_rest(self) -> BadStep | None:
         """Waits for the step that is still pending and reads it."""
         if self._pending is None:
             return None
         (step, cursor, metrics), self._pending = self._pending, None
         numbers = scalars(self._stage.config, metrics)
+        if bad := find_bad_step(self._stage, step, cursor, metrics):
+            return bad
         self.timer.tick(step)
-        if not bool(metrics.healthy):
-            return _bad_step(self._stage, step, cursor, metrics)
         self.last = numbers
         self._warn(step, numbers)
         train = self._stage.config.train
@@ -235,14 +206,6 @@ class _Log:
                 f"warning: step {step}: the fast-weight state is {largest:.3g} times W0 (healthy: up to about 4); "
                 "model.ttt.eta may be too large"
             )
-
-
-def _bad_step(stage: Stage, step: int, cursor: int, metrics: StepMetrics) -> _BadStep:
-    first = stage.first_row(cursor)
-    row_loss_B = np.asarray(metrics.row_loss_B)
-    suspects = np.flatnonzero(~np.isfinite(row_loss_B))
-    rows = [first + int(row) for row in (suspects if len(suspects) else range(len(row_loss_B)))]
-    return _BadStep(step, cursor, rows, float(metrics.loss), float(metrics.grad_norm))
 
 
 class _Interrupts(contextlib.AbstractContextManager["_Interrupts"]):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,10 @@ class Identity:
     fingerprint: str
     tokenizer: dict[str, Any]
 
-    def info(self, step: int, data_cursor: int) -> CheckpointInfo:
+    def info(self, step: int, data_cursor: int, skipped: Sequence[Sequence[int]] = ()) -> CheckpointInfo:
         """Returns the description that goes into a checkpoint."""
-        return CheckpointInfo(step, data_cursor, self.flat_config, self.fingerprint, self.tokenizer)
+        batches = [list(batch) for batch in skipped]
+        return CheckpointInfo(step, data_cursor, self.flat_config, self.fingerprint, self.tokenizer, batches)
 
 
 def make_identity(config: Config) -> Identity:

@@ -216,6 +216,15 @@ class CheckpointConfig:
     keep_every_steps: PositiveInt | None = None  # additionally keep multiples of this forever
 
 
+@dataclass(frozen=True, config=STRICT)
+class SkipConfig:
+    """Steps whose update is not applied, because a number is not finite or the loss a spike; their rows are skipped."""
+
+    max_in_a_row: PositiveInt = 3  # the run stops at this many
+    max_total: PositiveInt = 20  # ... or this many in all
+    spike_deviations: PositiveFloat | None = None  # a spike is so far above the running mean of the loss; None = never
+
+
 # What the stages of one run may set differently: neither the parameters nor the order of the text depend on these.
 STAGE_KEYS = (
     "data.seq_len", "train.batch_rows", "train.microbatches",
@@ -245,6 +254,7 @@ class TrainConfig:
     microbatches: PositiveInt = 1  # gradient accumulation: the batch is cut into this many pieces
     gate_rate: Fraction = 1.0  # share of chunks that fast weights learn from, drawn for every row and step; 1 = all
     log_every_steps: PositiveInt = 10
+    skip: SkipConfig = SkipConfig()
     seed: NonNegativeInt = 0
     stages: tuple[StageConfig, ...] = ()  # in order, the last until num_steps; () = the run is one
 

@@ -24,7 +24,7 @@ import platform
 import sys
 import types
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ class CheckpointInfo:
       config: the flat configuration (``core.config.flatten``) of the run.
       fingerprint: of the prepared token store.
       tokenizer: enough to tell, and to open again, the tokenizer of that store.
+      skipped: (step, data cursor) of every batch that was not learned from: it came after so many steps.
       versions: of the packages that wrote the checkpoint.
     """
 
@@ -70,6 +71,7 @@ class CheckpointInfo:
     config: Mapping[str, Any]
     fingerprint: str
     tokenizer: Mapping[str, Any]
+    skipped: Sequence[Sequence[int]] = ()
     versions: Mapping[str, str] = dataclasses.field(default_factory=package_versions)
 
 

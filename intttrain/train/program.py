@@ -145,4 +145,5 @@ def _state_shardings(config: Config, mesh: Mesh, state: TrainState) -> dict[str,
         optimizer, lambda _, sharding: sharding, state["opt_state"], by_param,
         transform_non_params=lambda _: replicated,
     )  # fmt: skip
-    return {"params": by_param, "opt_state": opt_state} | dict.fromkeys(("step", "healthy", "rng"), replicated)
+    rest = {name: leaf for name, leaf in state.items() if name not in ("params", "opt_state")}
+    return {"params": by_param, "opt_state": opt_state} | jax.tree.map(lambda _: replicated, rest)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict, cast
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +24,22 @@ from intttrain.train.optimizer import clip_by_norm, make_optimizer, make_schedul
 Value = Any
 
 
+SPIKE_WINDOW = 50  # steps that the running mean and deviation of the loss look back, and that come before any limit
+
+
+class LossStatistics(NamedTuple):
+    """Running mean and variance of the loss, and how many losses they come from; fp32 scalars."""
+
+    mean: jax.Array
+    variance: jax.Array
+    seen: jax.Array
+
+
 class TrainState(TypedDict):
     """Everything that changes during training, as one tree of arrays.
 
     ``step`` counts applied updates. ``healthy`` turns false at the first step whose loss or gradient is not
-    finite; from then on nothing changes any more, so the state is the one before that step.
+    finite or whose loss is a spike; from then on nothing changes any more, so the state is the one before that step.
     """
 
     params: Params
@@ -36,6 +47,7 @@ class TrainState(TypedDict):
     step: jax.Array
     healthy: jax.Array
     rng: jax.Array  # uint32 key data, the root of anything random inside a step
+    losses: NotRequired[LossStatistics]  # with train.skip.spike_deviations
 
 
 @jax.tree_util.register_dataclass
@@ -50,6 +62,7 @@ class StepMetrics:
       grad_norm: global norm before clipping.
       learning_rate, eta: what this step used; ``eta`` is 0 without TTT.
       healthy: whether the update was applied.
+      loss_limit: above which a loss is a spike; ``None`` without ``train.skip.spike_deviations``.
       ttt: per TTT layer, mean size of an update and largest state, relative to W0; ``None`` without TTT.
     """
 
@@ -60,6 +73,7 @@ class StepMetrics:
     learning_rate: Value
     eta: Value
     healthy: Value
+    loss_limit: Value | None
     ttt: dict[str, Value] | None
 
 
@@ -71,13 +85,16 @@ def init_state(config: Config) -> TrainState:
     params_key, step_key = jax.random.split(jax.random.key(config.train.seed))
     params = init_params(config.model, params_key)
     optimizer = make_optimizer(config.train, abstract_params(config.model))
-    return TrainState(
+    state = TrainState(
         params=params,
         opt_state=optimizer.init(params),
         step=jnp.zeros((), jnp.int32),
         healthy=jnp.ones((), jnp.bool_),
         rng=jax.random.key_data(step_key),
     )
+    if config.train.skip.spike_deviations is not None:
+        state["losses"] = LossStatistics(*(jnp.zeros((), jnp.float32) for _ in LossStatistics._fields))
+    return state
 
 
 def abstract_state(config: Config) -> TrainState:
@@ -101,12 +118,20 @@ def make_train_step(config: Config) -> StepFunction:
         grads = jax.tree.map(lambda g: g / weight, grads)
         loss, grad_norm = jnp.sum(sums.nll_B) / weight, optax.tree.norm(grads)
         healthy = state["healthy"] & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        limit = None
+        if config.train.skip.spike_deviations is not None:
+            limit = _loss_limit(state["losses"], config.train.skip.spike_deviations)
+            healthy &= loss <= limit
 
         clipped = clip_by_norm(grads, grad_norm, config.train.optimizer.clip_norm)
         updates, opt_state = optimizer.update(clipped, state["opt_state"], state["params"])
-        proposed = (optax.apply_updates(state["params"], updates), opt_state, state["step"] + 1)
-        kept = (state["params"], state["opt_state"], state["step"])
-        params, opt_state, step = jax.tree.map(lambda new, old: jnp.where(healthy, new, old), proposed, kept)
+        proposed: TrainState = {
+            **state, "params": optax.apply_updates(state["params"], updates), "opt_state": opt_state,
+            "step": state["step"] + 1,
+        }  # fmt: skip
+        if limit is not None:
+            proposed["losses"] = _with_loss(state["losses"], loss)
+        after = jax.tree.map(lambda new, old: new if new is old else jnp.where(healthy, new, old), proposed, state)
         metrics = StepMetrics(
             loss=loss,
             row_loss_B=sums.nll_B / jnp.maximum(sums.weight_B, 1.0),
@@ -115,9 +140,10 @@ def make_train_step(config: Config) -> StepFunction:
             learning_rate=schedule(state["step"]),
             eta=eta,
             healthy=healthy,
+            loss_limit=limit,
             ttt=sums.ttt,
         )
-        return TrainState(params=params, opt_state=opt_state, step=step, healthy=healthy, rng=state["rng"]), metrics
+        return cast(TrainState, {**after, "healthy": healthy}), metrics
 
     return train_step
 
@@ -130,6 +156,20 @@ class _Sums:
     nll_B: jax.Array
     weight_B: jax.Array
     ttt: dict[str, jax.Array] | None
+
+
+def _loss_limit(losses: LossStatistics, deviations: float) -> jax.Array:
+    """Returns the largest loss that is no spike; infinite until there are ``SPIKE_WINDOW`` losses to compare with."""
+    limit = losses.mean + deviations * jnp.sqrt(losses.variance)
+    return jnp.where(losses.seen < SPIKE_WINDOW, jnp.inf, limit)
+
+
+def _with_loss(losses: LossStatistics, loss: jax.Array) -> LossStatistics:
+    """Returns the statistics with one more loss: plain ones at first, then exponential ones."""
+    share = jnp.maximum(1.0 / SPIKE_WINDOW, 1.0 / (losses.seen + 1.0))
+    away = loss - losses.mean
+    variance = (1.0 - share) * (losses.variance + share * jnp.square(away))
+    return LossStatistics(losses.mean + share * away, variance, losses.seen + 1.0)
 
 
 def _eta(config: Config, step: jax.Array) -> jax.Array:

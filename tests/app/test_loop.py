@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 
 from intttrain.app import loop
-from intttrain.core.config import Config
+from intttrain.core.config import CheckpointConfig, Config
 from intttrain.core.metrics import METRICS_FILE, read_metrics
 from intttrain.data import Batch
-from intttrain.train import Program, TrainState
+from intttrain.train import Checkpoints, Program, TrainState
 from tests.app.paused import WAITING
 from tests.app.small import (
     BATCH_ROWS,
@@ -249,7 +249,7 @@ def test_non_finite_step_is_not_applied_and_names_its_row(
     workdir = tmp_path / "run"
     with monkeypatch.context() as context:
         intercept(context, step, spoil_second_row)
-        outcome = cli("train", world.config, f"--workdir={workdir}")
+        outcome = cli("train", world.config, f"--workdir={workdir}", "--config.train.skip.max_in_a_row=1")
     line = error_line(outcome, status=3, after_other_lines=True)
     row = step * BATCH_ROWS - 1
     assert f"step {step}: loss=nan" in line and f"step {step - 1} is saved" in line
@@ -260,6 +260,85 @@ def test_non_finite_step_is_not_applied_and_names_its_row(
     if step == 6:
         done("train", world.config, f"--workdir={workdir}")
         assert_same_run(workdir, straight)
+
+
+def drop(monkeypatch: pytest.MonkeyPatch, *numbers: int) -> None:
+    """Leaves batches out, counted from the start of the process."""
+    make_batches = loop.make_batches
+
+    def make_fewer(*args: Any, **kwargs: Any) -> Iterator[Batch]:
+        return (batch for n, batch in enumerate(make_batches(*args, **kwargs), start=1) if n not in numbers)
+
+    monkeypatch.setattr(loop, "make_batches", make_fewer)
+
+
+def spoil_rows(monkeypatch: pytest.MonkeyPatch, batches: tuple[int, ...], change: Callable[[Batch], Batch]) -> None:
+    """Changes batches whenever they are read, counted from the beginning of the data."""
+    make_batches = loop.make_batches
+
+    def make_spoiled(*args: Any, cursor: int, **kwargs: Any) -> Iterator[Batch]:
+        for n, batch in enumerate(make_batches(*args, cursor=cursor, **kwargs), start=cursor // BATCH_ROWS + 1):
+            yield change(batch) if n in batches else batch
+
+    monkeypatch.setattr(loop, "make_batches", make_spoiled)
+
+
+def surprise(batch: Batch) -> Batch:
+    """Every label is a byte that text does not have."""
+    return dataclasses.replace(batch, labels_BT=np.full_like(batch.labels_BT, 1))
+
+
+SPIKES = ("--config.train.skip.spike_deviations=1", "--config.train.schedule.peak_learning_rate=0.03")
+
+
+@pytest.mark.parametrize(
+    ("change", "flags", "reason"),
+    [(spoil_second_row, (), "loss=nan"), (surprise, SPIKES, "a spike")],
+    ids=["not finite", "a spike"],
+)
+def test_bad_batches_are_skipped_as_if_they_were_not_there(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any, flags: tuple[str, ...], reason: str
+) -> None:
+    """One in the middle, two in a row at a checkpoint, and one at the end; also over a stop between the two."""
+    monkeypatch.setattr("intttrain.train.step.SPIKE_WINDOW", 3)
+    bad = (5, 7, 8, 13)
+    with monkeypatch.context() as context:
+        drop(context, *bad)
+        done("train", world.config, f"--workdir={tmp_path / 'without'}", *flags)
+    with monkeypatch.context() as context:
+        spoil_rows(context, bad, change)
+        whole = done("train", world.config, f"--workdir={tmp_path / 'whole'}", *flags)
+        done("train", world.config, f"--workdir={tmp_path / 'parts'}", *flags, "--stop_at_step=5")
+        done("train", world.config, f"--workdir={tmp_path / 'parts'}", *flags)
+    lines = [line for line in whole.err.splitlines() if "skipped" in line]
+    assert len(lines) == 4 and all(reason in line for line in lines), whole.err
+    assert "step 5:" in lines[0] and "1 in a row, 1 in all" in lines[0]
+    assert "step 6:" in lines[2] and "2 in a row, 3 in all" in lines[2]
+    wanted = saved(tmp_path / "without", NUM_STEPS)
+    for name in ("whole", "parts"):
+        found = saved(tmp_path / name, NUM_STEPS)
+        assert int(found.pop("data_cursor")) == (NUM_STEPS + len(bad)) * BATCH_ROWS
+        for key, array in found.items():
+            np.testing.assert_array_equal(array, wanted[key], err_msg=f"{name}: {key}")
+        with Checkpoints(tmp_path / name / "checkpoints", CheckpointConfig(), read_only=True) as checkpoints:
+            skipped = checkpoints.read_info(NUM_STEPS).skipped
+        assert [list(batch) for batch in skipped] == [[4, 8], [5, 12], [5, 14], [9, 24]]
+
+
+def test_three_in_a_row_stop_the_run_with_a_report_and_more_may_be_allowed(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workdir = tmp_path / "run"
+    spoil_rows(monkeypatch, (6, 7, 8), spoil_second_row)
+    line = error_line(cli("train", world.config, f"--workdir={workdir}"), status=3, after_other_lines=True)
+    assert "step 6: loss=nan" in line and "step 5 is saved" in line and "3 in a row" in line
+    assert "batches at data cursor 10, 12" in line and "row 15:" in line and "train.skip.max_in_a_row=3" in line
+    again = error_line(cli("train", world.config, f"--workdir={workdir}"), status=3, after_other_lines=True)
+    assert again == line, "nothing has changed"
+    outcome = done("train", world.config, f"--workdir={workdir}", "--config.train.skip.max_in_a_row=4")
+    assert "3 in a row, 3 in all" in outcome.err and steps(workdir)[-1] == NUM_STEPS
+    few = cli("train", world.config, f"--workdir={tmp_path / 'few'}", "--config.train.skip.max_total=2")
+    assert "2 in all (train.skip.max_total=2)" in error_line(few, status=3, after_other_lines=True)
 
 
 def test_a_model_that_starts_broken_is_refused_at_its_first_step(
@@ -276,7 +355,8 @@ def test_a_model_that_starts_broken_is_refused_at_its_first_step(
         return {**state, "params": params}
 
     monkeypatch.setattr(loop, "make_program", make_broken_program)
-    line = error_line(cli("train", world.config, f"--workdir={tmp_path / 'run'}"), status=3, after_other_lines=True)
+    command = ("train", world.config, f"--workdir={tmp_path / 'run'}", "--config.train.skip.max_in_a_row=1")
+    line = error_line(cli(*command), status=3, after_other_lines=True)
     assert "step 1: loss=nan" in line and "step 0 is saved" in line
     assert "row 0:" in line and "row 1:" in line  # nothing says which one it was
     assert steps(tmp_path / "run") == [0]

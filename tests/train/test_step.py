@@ -286,3 +286,21 @@ def test_golden_step(golden):
         "state": float(metrics.ttt["state"][0]),
     }
     golden.check("train/step.json", {name: f"{value:.5g}" for name, value in values.items()})
+
+
+def test_limit_of_the_loss_follows_its_mean_and_deviation():
+    """Plain ones over the first losses, then exponential ones; no limit before there are enough."""
+    values = np.random.default_rng(0).normal(3.0, 0.5, 400)
+    losses = step_module.LossStatistics(*(jnp.zeros(()) for _ in range(3)))
+    with_loss, limit = jax.jit(step_module._with_loss), jax.jit(step_module._loss_limit, static_argnums=1)
+    for number, value in enumerate(values, start=1):
+        losses = with_loss(losses, value)
+        if number == step_module.SPIKE_WINDOW - 1:
+            assert limit(losses, 2.0) == np.inf
+        if number == step_module.SPIKE_WINDOW:
+            np.testing.assert_allclose(losses.mean, values[:number].mean(), rtol=1e-5)
+            np.testing.assert_allclose(losses.variance, values[:number].var(), rtol=1e-4)
+    weights = (1 - 1 / step_module.SPIKE_WINDOW) ** np.arange(400)[::-1]
+    mean = np.average(values, weights=weights)
+    deviation = np.sqrt(np.average((values - mean) ** 2, weights=weights))
+    np.testing.assert_allclose(limit(losses, 2.0), mean + 2.0 * deviation, rtol=0.02)
