@@ -78,10 +78,20 @@ def _dispatch(arguments: Sequence[str]) -> int:
         print(f"intttrain {name}: {help_text}\n{values.get_help()}")
         return 0
     _parse(values, ["intttrain", *rest])
+    _check_places(values)
     if values.json:
         _check_json(Path(values.json))
     logging.getLogger("absl").setLevel(logging.WARNING)
     return command(values)
+
+
+def _check_places(values: flags.FlagValues) -> None:
+    for flag in PLACES:
+        if flag in values and "://" in (values[flag].value or ""):
+            raise UserError(
+                f"--{flag}={values[flag].value} is a URL, and only folders are read and written; mount the bucket on "
+                "every host, for example with gcsfuse, and name the folder"
+            )
 
 
 def _check_json(path: Path) -> None:
@@ -226,6 +236,7 @@ def _command(name: str, module: str = "commands") -> Command:
     return call
 
 
+PLACES = ("workdir", "dense_workdir", "output", "ruler_data", "hlo", "json")
 TASKS = ("positions", "context", "calibrate", "gating", "ruler", "code")  # app/evaluate.py::TASKS
 
 _WORKDIR = _string("workdir", "folder of the run", required=True)

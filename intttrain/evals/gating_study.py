@@ -72,7 +72,7 @@ def study_gates(
     for length, documents in rows_by_length.items():
         report(f"rows of {length} tokens: {len(documents)} documents, {len(gates)} gates")
         reader = GatedDocuments(config.model, params, documents, batch_rows=config.eval.batch_rows, mesh=mesh)
-        references = _references(reader, dense)
+        references = _references(reader, dense, wants_greedy=bool(config.eval.gating.oracles))
         rows += _study_length(config, reader, gates, thresholds, references, length, report)
     return make_gating_report(
         rows, config.eval, name=config.name, unit=config.prepare.tokenizer.loss_unit, train_tokens=config.data.seq_len,
@@ -177,10 +177,14 @@ def _watch(reader: GatedDocuments, signal: ttt.Signal, shared: bool) -> Gated:
     return reader.read(ttt.GateRule("threshold", signal, shared=shared), ttt.GateSettings(threshold_n=everything))
 
 
-def _references(reader: GatedDocuments, dense: tuple[ModelConfig, Params] | None) -> dict[str, Outcome]:
-    """Returns what is shown beside all rules of a length."""
+def _references(
+    reader: GatedDocuments, dense: tuple[ModelConfig, Params] | None, *, wants_greedy: bool
+) -> dict[str, Outcome]:
+    """Returns what is shown beside all rules of a length; greedy decisions cost as much as an oracle."""
     losses, weights_NM = reader.losses(), reader.weights_NM
-    found = score_bases(losses, weights_NM) | {"greedy": greedy(losses, weights_NM)}
+    found = score_bases(losses, weights_NM)
+    if wants_greedy:
+        found["greedy"] = greedy(losses, weights_NM)
     if dense is not None:
         found["dense"] = make_outcome(np.zeros((*weights_NM.shape, 1)), reader.dense_nll(*dense), weights_NM)
     return found

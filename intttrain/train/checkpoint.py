@@ -84,7 +84,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path | str, config: CheckpointConfig, *, read_only: bool = False) -> None:
-        """Opens ``directory`` (local or gs://); a writer creates it and removes unfinished saves of a killed run.
+        """Opens ``directory``; a writer creates it and removes unfinished saves of a killed run.
 
         Raises:
           UserError: the directory cannot be created or read.

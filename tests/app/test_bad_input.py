@@ -62,6 +62,7 @@ def new(tmp_path: Path) -> Path:
         ("export --workdir={new} --output={new} --dtype=int8", ["--dtype=int8", "<bfloat16|float32>"]),
         ("config {config} --json={root}", ["--json={root} is a folder", "result.json"]),
         ("config {config} --json={root}/small.py/x.json", ["--json={root}/small.py/x.json", "{root}/small.py is not"]),
+        ("train {config} --workdir=gs://bucket/run", ["--workdir=gs://bucket/run is a URL", "mount the bucket"]),
         ("train {config} --workdir={new} --json={root}/data", ["--json={root}/data is a folder"]),
     ],
 )
