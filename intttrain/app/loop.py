@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import cast
 
 from intttrain.app.live import LiveEvaluation
+from intttrain.app.observe import StepProfile, peak_memory_gib, utilisation
 from intttrain.app.runs import Identity, claim_workdir, make_identity, parameter_counts
 from intttrain.app.skips import BadStep, Skips, find_bad_step
 from intttrain.core.agreement import largest, on_first_process
 from intttrain.core.config import Config
 from intttrain.core.distributed import process_count, process_index
 from intttrain.core.errors import UserError
+from intttrain.core.goodput import GOODPUT_FILE, Stopwatch, summarise_goodput
 from intttrain.core.metrics import MetricWriters, make_metric_writers
 from intttrain.core.progress import StepTimer, human_count
 from intttrain.core.sharding import check_evaluation
@@ -66,6 +68,7 @@ def train(config: Config, workdir: Path, *, stop_at_step: int | None, report: Ca
       UserError: input that does not fit together, an occupied workdir, a checkpoint that cannot be written.
       UnhealthyStepsError: too many steps were not applied (``train.skip``); the state before them is saved.
     """
+    stopwatch = Stopwatch()
     stages = make_stages(config)
     programs = [_make_program(stage) for stage in stages]  # compiles nothing: what does not fit is refused here
     identity = make_identity(config)
@@ -74,6 +77,7 @@ def train(config: Config, workdir: Path, *, stop_at_step: int | None, report: Ca
     with (
         _Interrupts(config) as interrupts,
         Checkpoints(workdir / "checkpoints", config.train.checkpoint) as checkpoints,
+        StepProfile(config.train.profile_steps, workdir, report) as profile,
     ):
         stage = stage_after(stages, checkpoints.latest_step() or 0)
         program = programs[stage.number - 1]
@@ -82,15 +86,23 @@ def train(config: Config, workdir: Path, *, stop_at_step: int | None, report: Ca
         start = step = int(state["step"])
         last = config.train.num_steps if stop_at_step is None else min(stop_at_step, config.train.num_steps)
         with make_metric_writers(
-            workdir, num_steps=config.train.num_steps, start_step=start, process_index=process_index()
-        ) as writers:
+            workdir, num_steps=config.train.num_steps, start_step=start, process_index=process_index(),
+            stopwatch=stopwatch, wandb_project=config.train.wandb_project, name=config.name,
+        ) as writers:  # fmt: skip
             log = _Log(stage, writers, report)
+            stopwatch.switch("compile")
             while step < last and not interrupts.stop(step - start):
                 if step == stage.until_step:
                     stage, program = stages[stage.number], programs[stage.number]  # numbers begin at 1
                     state, batches = program.take(state), _open_batches(stage, program, cursor)
                     log.begin(stage)
-                state, metrics = program.step(state, program.place(next(batches)))
+                    stopwatch.switch("compile")
+                with stopwatch.spent_on("data"):
+                    batch = program.place(next(batches))
+                profile.before(step + 1)
+                state, metrics = program.step(state, batch)
+                profile.after(step + 1, metrics.loss)
+                stopwatch.switch("step")
                 bad = log.read_one_late(step + 1, cursor, metrics)
                 step, cursor = step + 1, stage.cursor_after(cursor)
                 ends, evaluates = step in (stage.until_step, last), evaluation.is_due(step)
@@ -100,14 +112,18 @@ def train(config: Config, workdir: Path, *, stop_at_step: int | None, report: Ca
                     state, step, cursor = skips.pass_over(bad, state, checkpoints, identity)
                     batches = _open_batches(stage, program, cursor)
                     continue
-                with log.timer.excluded():
+                with log.timer.excluded(), stopwatch.spent_on("checkpoint"):
                     checkpoints.save(step, dict(state), identity.info(step, cursor, skips.batches), force=ends)
-                    if evaluates:
+                if evaluates:
+                    with log.timer.excluded(), stopwatch.spent_on("evaluation"):
                         writers.write(step, evaluation.evaluate(step, stage.config, state["params"], program.mesh))
             if bad := log.read_rest():  # of an interrupted run
                 state, step, cursor = skips.pass_over(bad, state, checkpoints, identity)
-            checkpoints.save(step, dict(state), identity.info(step, cursor, skips.batches), force=True)
-            checkpoints.wait()
+            with stopwatch.spent_on("checkpoint"):
+                checkpoints.save(step, dict(state), identity.info(step, cursor, skips.batches), force=True)
+                checkpoints.wait()
+    if goodput := summarise_goodput(workdir / GOODPUT_FILE):
+        report(goodput.line())
     return TrainResult(step, step >= config.train.num_steps, interrupts.received, log.last)
 
 
@@ -194,7 +210,8 @@ class _Log:
     def _rates(self) -> dict[str, float]:
         train, tokens = self._stage.config.train, self._stage.tokens_per_step
         rate, left = self.timer.rate(tokens), self.timer.eta_seconds(train.num_steps)
-        known = {"tokens_per_second": rate, "eta_seconds": left}
+        mfu, memory = utilisation(self._stage.config, rate), peak_memory_gib()
+        known = {"tokens_per_second": rate, "mfu": mfu, "eta_seconds": left, "peak_memory_gib": memory}
         return {name: value for name, value in known.items() if value is not None}
 
     def _warn(self, step: int, numbers: dict[str, float]) -> None:

@@ -255,6 +255,8 @@ class TrainConfig:
     gate_rate: Fraction = 1.0  # share of chunks that fast weights learn from, drawn for every row and step; 1 = all
     log_every_steps: PositiveInt = 10
     skip: SkipConfig = SkipConfig()
+    profile_steps: tuple[PositiveInt, ...] = ()  # first and last step of a profiler trace; () = none
+    wandb_project: str | None = None  # of Weights & Biases, which then receives the metrics too
     seed: NonNegativeInt = 0
     stages: tuple[StageConfig, ...] = ()  # in order, the last until num_steps; () = the run is one
 
@@ -458,6 +460,11 @@ def _check_train(config: Config) -> None:
         raise UserError(
             f"mesh.slices={config.mesh.slices} does not divide mesh.data={config.mesh.data}, along which slices lie; "
             f"use mesh.data={config.mesh.slices * -(-config.mesh.data // config.mesh.slices)}"
+        )
+    if train.profile_steps and (len(train.profile_steps) != 2 or train.profile_steps[0] > train.profile_steps[1]):
+        raise UserError(
+            f"train.profile_steps={train.profile_steps} is not (FIRST, LAST); use for example "
+            f"({train.profile_steps[0]}, {train.profile_steps[0] + 2}), or () for no trace"
         )
     schedule = train.schedule
     if schedule.kind == "cosine" and schedule.decay_steps:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from intttrain.core.errors import UserError
-from intttrain.core.progress import Clock, human_duration
+from intttrain.core.progress import Clock, Number, human_duration
 
 GOODPUT_FILE = "goodput.jsonl"
 # What a process does, in the order of the report. Time that is given to nothing else belongs to steps.
@@ -85,7 +85,7 @@ class Goodput:
         )
 
 
-class GoodputLog:
+class GoodputWriter:
     """Appends records of one start of a run to ``path``; a record is cumulative, so the last one counts.
 
     Args:
@@ -95,17 +95,25 @@ class GoodputLog:
     """
 
     def __init__(self, path: Path, stopwatch: Stopwatch, step: int) -> None:
-        self._path, self._stopwatch = path, stopwatch
+        self._path, self._stopwatch, self._step = path, stopwatch, step
         self._start = 1 + max((record["start"] for record in _read(path)), default=0)
         if _is_cut_off(path):
             self._append("\n")
-        self.write(step)
+        self.write(step, {})
 
-    def write(self, step: int) -> None:
+    def write(self, step: int, _: Mapping[str, Number]) -> None:
         """Appends what was counted when ``step`` was completed. Raises ``UserError`` if the disk refuses it."""
+        self._step = step
         seconds = {kind: round(s, 3) for kind, s in self._stopwatch.seconds().items()}
         record = {"start": self._start, "step": step, "time": round(time.time(), 3), "seconds": seconds}
         self._append(json.dumps(record) + "\n")
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def close(self) -> None:
+        """Appends what came after the last record."""
+        self.write(self._step, {})
 
     def _append(self, text: str) -> None:
         try:

@@ -109,16 +109,19 @@ CHIPS: Mapping[str, Chip] = types.MappingProxyType({c.name: c for c in _TABLE})
 _BY_KIND: Mapping[str, Chip] = types.MappingProxyType({c.device_kind: c for c in _TABLE})
 
 
+def find_chip(device_kind: str) -> Chip | None:
+    """Returns the figures of a device by its ``device_kind`` or the name of its chip, ``None`` if neither is known."""
+    return CHIPS.get(device_kind) or _BY_KIND.get(device_kind)
+
+
 def chip(device_kind: str) -> Chip:
-    """Returns the figures of a device, by its ``device_kind`` or by the name of its chip.
+    """Returns the figures of a device as ``find_chip`` does.
 
     Raises:
-      UserError: neither is known.
+      UserError: it is not known.
     """
-    if device_kind in CHIPS:
-        return CHIPS[device_kind]
-    if device_kind in _BY_KIND:
-        return _BY_KIND[device_kind]
+    if found := find_chip(device_kind):
+        return found
     raise UserError(f"no figures of a chip called {device_kind!r}{did_you_mean(device_kind, [*CHIPS, *_BY_KIND])}")
 
 

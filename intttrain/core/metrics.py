@@ -18,7 +18,9 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from intttrain.core.errors import UserError
+from intttrain.core.goodput import GOODPUT_FILE, GoodputWriter, Stopwatch
 from intttrain.core.progress import Number, Stream, human_count, human_duration
+from intttrain.core.weights_and_biases import WandbWriter
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -30,6 +32,7 @@ CONSOLE_COLUMNS: tuple[tuple[str, str, Callable[[Number], str]], ...] = (
     ("grad_norm", "grad", lambda value: f"{value:.3g}"),
     ("learning_rate", "lr", lambda value: f"{value:.2e}"),
     ("tokens_per_second", "tok/s", human_count),
+    ("mfu", "mfu", lambda value: f"{value:.1%}"),
     ("eta_seconds", "ETA", human_duration),
 )
 TTT_PREFIX = "ttt/"
@@ -87,8 +90,9 @@ class MetricWriters:
 
 
 def make_metric_writers(
-    workdir: Path, *, num_steps: int, start_step: int, process_index: int, stream: Stream | None = None
-) -> MetricWriters:
+    workdir: Path, *, num_steps: int, start_step: int, process_index: int, stream: Stream | None = None,
+    stopwatch: Stopwatch | None = None, wandb_project: str | None = None, name: str = "",
+) -> MetricWriters:  # fmt: skip
     """Returns the writers of one training run.
 
     Args:
@@ -97,21 +101,27 @@ def make_metric_writers(
       start_step: completed steps at the start, 0 for a new run; records of an aborted run after it are dropped.
       process_index: anything but 0 gives writers that write nowhere.
       stream: console, standard output by default.
+      stopwatch: of the process, whose times then go to ``goodput.jsonl``.
+      wandb_project, name: project of Weights & Biases, and the name of the run there.
 
     Raises:
-      UserError: ``workdir`` cannot be written.
+      UserError: ``workdir`` cannot be written, or Weights & Biases does not start.
     """
     if process_index != 0:
         return MetricWriters(())
     with _as_user_error(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
-    return MetricWriters(
-        (
-            ConsoleWriter(sys.stdout if stream is None else stream, num_steps),
-            JsonlWriter(workdir / METRICS_FILE, start_step),
-            TensorBoardWriter(workdir / TENSORBOARD_FOLDER, start_step),
-        )
-    )
+    writers: list[Writer] = []
+    if wandb_project is not None:
+        writers.append(WandbWriter(wandb_project, name, workdir))  # first: it may refuse, and the others open files
+    writers += [
+        ConsoleWriter(sys.stdout if stream is None else stream, num_steps),
+        JsonlWriter(workdir / METRICS_FILE, start_step),
+        TensorBoardWriter(workdir / TENSORBOARD_FOLDER, start_step),
+    ]
+    if stopwatch is not None:
+        writers.append(GoodputWriter(workdir / GOODPUT_FILE, stopwatch, start_step))
+    return MetricWriters(writers)
 
 
 class ConsoleWriter:

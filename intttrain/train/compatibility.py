@@ -21,6 +21,8 @@ FREE_TO_CHANGE: Mapping[str, str] = types.MappingProxyType(
         "eval.*": "used beside training",
         "train.checkpoint.*": "when to save, not what",
         "train.log_every_steps": "what is shown",
+        "train.profile_steps": "what is looked at",
+        "train.wandb_project": "where numbers go",
         "train.skip.max_*": "when to give up",
         "train.microbatches": "same gradient, other rounding",
         "data.heldout": "not trained on",

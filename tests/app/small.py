@@ -25,7 +25,7 @@ from intttrain.train import Checkpoints, abstract_state
 REPO = Path(__file__).resolve().parents[2]
 NUM_STEPS = 10
 BATCH_ROWS = 2
-TIMING = ("tokens_per_second", "eta_seconds")  # the only metrics that two equal runs do not share
+TIMING = ("tokens_per_second", "eta_seconds", "peak_memory_gib")  # the only metrics that two equal runs do not share
 
 CONFIG_TEXT = '''"""Everything at its smallest."""
 

@@ -101,6 +101,7 @@ def test_program_answers_bad_flags_without_loading_jax(tmp_path: Path) -> None:
         ("--config.train.num_step=8", ["unknown configuration key num_step", 'did you mean "num_steps"']),
         ("--config.train.schedule.peak_lr=1", ["unknown configuration key peak_lr", "intttrain config"]),
         ("--config.train.num_steps=many", ["--config.train.num_steps=many", "int"]),
+        ("--config.train.profile_steps=(5,2)", ["train.profile_steps=(5, 2)", "use for example (5, 7)"]),
         ("--config.train.num_steps=0", ["train.num_steps=0", "greater than 0"]),
         ("--config.model.family=gpt", ["model.family='gpt'", "'qwen3' or 'llama'"]),
         ("--config.model.ttt.chunk_tokens=24", ["model.ttt.chunk_tokens=24", "data.seq_len=64", "use 16, 32, 64"]),

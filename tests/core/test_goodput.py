@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from intttrain.core import goodput
-from intttrain.core.goodput import GoodputLog, Stopwatch, summarise_goodput
+from intttrain.core.goodput import GoodputWriter, Stopwatch, summarise_goodput
 
 
 class Clock:
@@ -52,12 +52,12 @@ def start(path: Path, clock: Clock, step: int, *, start_s: float, steps: int, se
     """One start of a run that goes as far as it comes, with a record after every second step."""
     stopwatch = Stopwatch(clock=clock)
     clock.now += start_s
-    log = GoodputLog(path, stopwatch, step)
+    log = GoodputWriter(path, stopwatch, step)
     stopwatch.switch("step")
     for number in range(step + 1, step + steps + 1):
         clock.now += seconds_per_step
         if number % 2 == 0:
-            log.write(number)
+            log.write(number, {})
 
 
 def test_a_run_that_was_killed_twice(tmp_path: Path, clock: Clock) -> None:
