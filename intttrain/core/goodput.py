@@ -149,11 +149,10 @@ def _step_seconds(records: Sequence[Mapping[str, Any]], step: int) -> float:
     """Returns the time that the steps up to ``step`` took in one start, between records in proportion."""
     before = records[0]
     for record in records:
-        if record["step"] >= step:
+        if record["step"] > step:
             here, there = record["seconds"]["step"], before["seconds"]["step"]
-            steps = record["step"] - before["step"]
-            share = (step - before["step"]) / steps if steps > 0 else 1.0
-            return float(there + max(0.0, share) * (here - there))
+            share = max(0, step - before["step"]) / (record["step"] - before["step"])
+            return float(there + share * (here - there))
         before = record
     return float(before["seconds"]["step"])
 
