@@ -25,8 +25,7 @@ tier='' delete=false dry_run=false
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
     case $1 in
         --name=* | --zone=* | --project=* | --accelerator_type=* | --runtime_version=* | --slices=* | --python=*)
-            flag=${1%%=*}
-            printf -v "${flag#--}" %s "${1#*=}"
+            flag=${1%%=*} && printf -v "${flag#--}" %s "${1#*=}"
             ;;
         --spot | --reserved)
             [ -z "$tier" ] || refuse "$tier and $1 exclude each other"
@@ -159,7 +158,6 @@ finish() {
     [ "$delete" = false ] || { "${remove[@]}" && state=ABSENT; }
     end 0 "the command is done"
 }
-
 # Does what the hosts of an active slice need.
 tend() {
     local lines statuses status
