@@ -20,17 +20,14 @@ refuse() {
     exit 2
 }
 
-name='' zone='' project='' accelerator_type='' runtime_version='' slices=1 python=''
-tier='' delete=false dry_run=false
+name='' zone='' project='' accelerator_type='' runtime_version='' slices=1 python='' tier='' delete=false dry_run=false
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
     case $1 in
         --name=* | --zone=* | --project=* | --accelerator_type=* | --runtime_version=* | --slices=* | --python=*)
-            flag=${1%%=*} && printf -v "${flag#--}" %s "${1#*=}"
-            ;;
+            flag=${1%%=*} && printf -v "${flag#--}" %s "${1#*=}" ;;
         --spot | --reserved)
             [ -z "$tier" ] || refuse "$tier and $1 exclude each other"
-            tier=$1
-            ;;
+            tier=$1 ;;
         --delete) delete=true ;;
         --dry_run) dry_run=true ;;
         *) refuse "unknown argument $1" ;;
@@ -62,10 +59,7 @@ list=(gcloud storage ls "$checkpoints")
 hosts=("$(dirname "$0")/tpu_vm.sh" "--name=$nodes" "${where[@]}" ${python:+"--python=$python"})
 
 # show COMMAND...: as a shell would read it.
-show() {
-    printf '%q ' "$@"
-    echo
-}
+show() { printf '%q ' "$@" && echo; }
 
 # plan WHEN COMMAND...: a step of the dry run.
 plan() {
@@ -92,7 +86,7 @@ say() { echo "$(date '+%F %T') $name: $1"; }
 # end STATUS MESSAGE: says how to delete what is still there.
 end() {
     say "$2"
-    [ "$state" = ABSENT ] || say "the slices stay, and cost; to delete them: $(show "${remove[@]}")"
+    [ $seen = false ] || [ "$state" = ABSENT ] || say "the slices stay, and cost; to delete them: $(show "${remove[@]}")"
     exit "$1"
 }
 
@@ -105,10 +99,14 @@ trap 'rm -f "$errors"' EXIT
 # Sets `state`: ABSENT without a request, UNKNOWN and the reason where gcloud fails.
 look() {
     local now
-    now=$("${describe[@]}" 2>"$errors") || now="UNKNOWN, gcloud says: $(tail -n 1 "$errors")"
-    [[ $now != UNKNOWN*NOT_FOUND* ]] || now=ABSENT
+    if now=$("${describe[@]}" 2>"$errors"); then
+        seen=true
+    elif grep -q NOT_FOUND "$errors"; then
+        now=ABSENT
+    else
+        now="UNKNOWN, gcloud says: $(grep -m 1 ERROR "$errors")"
+    fi
     [ "$now" = "$state" ] || say "$now"
-    [ "$now" = ABSENT ] || seen=true
     state=$now
 }
 
@@ -133,7 +131,7 @@ request() {
     "${create[@]}" && return
     look
     [ "$state" = ABSENT ] || return # on its way, although gcloud gave up waiting for it
-    [ "$seen" = true ] || end 1 "the request was refused, see above"
+    [ $seen = true ] || end 1 "the request was refused, see above"
     again "the request was refused, see above"
 }
 
@@ -193,6 +191,7 @@ while :; do
         ABSENT) request ;;
         ACTIVE) tend ;;
         FAILED | SUSPENDED) request_again "the slice is $state" ;;
+        UNKNOWN*) [ $seen = true ] || end 1 "nothing was requested" ;;
     esac
     sleep "$POLL_SECONDS" &
     wait $!

@@ -44,6 +44,8 @@ def tpu_vm(action, name):
                 sys.exit(done.returncode)
 
 def queued_resources(action, name):
+    if os.environ.get("NO_ACCESS"):
+        sys.exit("ERROR: PERMISSION_DENIED on project p1\\n- details of it")
     request, count = root / "request.json", root / "requests"
     if action == "create":
         number = int(count.read_text()) if count.exists() else 0
@@ -52,7 +54,7 @@ def queued_resources(action, name):
             sys.exit("ERROR: quota of TPUs exceeded")
         request.write_text(json.dumps(json.loads((root / "states.json").read_text())[number]))
     elif not request.exists():
-        sys.exit(f"ERROR: NOT_FOUND: there is no {name}")
+        sys.exit(f"WARNING: old\\nERROR: NOT_FOUND: there is no {name}\\n- details of it")
     elif action == "describe":
         first, *rest = json.loads(request.read_text())
         request.write_text(json.dumps(rest or [first]))

@@ -96,6 +96,12 @@ def test_a_refused_request(queue):
     assert queue.actions == ["create"]
 
 
+def test_without_access_nothing_is_requested(queue):
+    done = queue("exit 0", states=[["ACTIVE"]], NO_ACCESS="1")
+    assert done.returncode == 1 and not queue.actions and "nothing was requested" in done.stdout
+    assert "UNKNOWN, gcloud says: ERROR: PERMISSION_DENIED on project p1" in done.stdout and "cost" not in done.stdout
+
+
 def test_a_refused_request_after_a_pre_emption_is_made_again(queue):
     done = queue("exit 0", states=[["SUSPENDED"], [], ["FAILED"], ["ACTIVE"]], REFUSED="1")
     assert done.returncode == 0, done.stdout + done.stderr
