@@ -101,6 +101,7 @@ def test_the_runbook_deletes_what_the_babysitter_says():
 def test_the_runbook_quotes_what_the_scripts_say():
     """Messages in the first column: their words stand in a script of launch/."""
     scripts = "\n".join(path.read_text() for path in (REPO / "launch").iterdir() if path.is_file())
+    scripts = re.sub(r"^ *#.*$", "", scripts, flags=re.MULTILINE)
     found = 0
     for section in re.split(r"^## ", PAGES["operations.md"], flags=re.MULTILINE):
         if section.split("\n")[0] not in ("TPU VM", "Queued resources", "SLURM"):
