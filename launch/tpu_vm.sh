@@ -8,6 +8,7 @@
 #     --status       says on each host whether it runs, or with which status it ended
 #     --logs         the last lines on each host
 #     --stop         SIGTERM on all hosts: training saves a checkpoint and ends
+#     --kill         SIGKILL on all hosts, for a program that does not end; nothing is saved
 #
 # Several names are the slices of one run, in this order. --dry_run prints the commands and runs none; the address of
 # the first host, which gcloud would be asked for, then stands there as COORDINATOR_IP.
@@ -15,7 +16,7 @@ set -eu
 
 refuse() {
     echo "error: $1; launch/tpu_vm.sh --name=NAME[,NAME...] --zone=ZONE [--project=PROJECT] [--python=PYTHON]" \
-        "[--dry_run] (--install | --status | --logs | --stop | -- COMMAND...)" >&2
+        "[--dry_run] (--install | --status | --logs | --stop | --kill | -- COMMAND...)" >&2
     exit 2
 }
 
@@ -28,7 +29,7 @@ while [ $# -gt 0 ] && [ "$action" != run ]; do
         --project=*) project=${1#*=} ;;
         --python=*) python=${1#*=} ;;
         --dry_run) dry_run=true ;;
-        --install | --status | --logs | --stop | --)
+        --install | --status | --logs | --stop | --kill | --)
             [ -z "$action" ] || refuse "two actions, --$action and $1"
             action=${1#--}
             action=${action:-run}
@@ -104,6 +105,9 @@ logs='[ ! -f run.log ] || tail -n 20 run.log | sed "s/^/$host: /"'
 # shellcheck disable=SC2016
 stop='if alive; then kill -TERM -- "-$(cat run.pid)"; echo "$host: asked to stop"; else echo "$host: not running"; fi'
 
+# shellcheck disable=SC2016
+kill='if alive; then kill -KILL -- "-$(cat run.pid)"; echo "$host: killed"; else echo "$host: not running"; fi'
+
 install() {
     local archive name script
     folder=$(mktemp -d)
@@ -141,7 +145,11 @@ $start"
 
 on_all() {
     local name
-    for name in "${names[@]}"; do on_hosts "$name" "$begin$1"; done
+    # shellcheck disable=SC2016
+    for name in "${names[@]}"; do
+        on_hosts "$name" '[ -d ~/intttrain ] || { echo "$(hostname): not started"; exit 0; }
+'"$begin$1"
+    done
 }
 
 case $action in
@@ -150,4 +158,5 @@ case $action in
     status) on_all "$status" ;;
     logs) on_all "$logs" ;;
     stop) on_all "$stop" ;;
+    kill) on_all "$kill" ;;
 esac

@@ -1,7 +1,8 @@
 """Compiler options for every kind of chip, each with its reason: the only place where they are set.
 
 They travel with the jitted step (``jax.jit(compiler_options=...)``), so training and planning compile alike and nothing
-depends on ``XLA_FLAGS`` or ``LIBTPU_INIT_ARGS`` of a shell.
+depends on ``XLA_FLAGS`` or ``LIBTPU_INIT_ARGS`` of a shell. Launchers set no flags; docs/launch.md names those that
+were looked at and left out.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""launch/tpu_vm.sh against a `gcloud` that keeps a home folder per host and runs there what it is given."""
+"""launch/tpu_vm.sh against a cloud in a folder."""
 
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -13,81 +12,19 @@ from pathlib import Path
 
 import pytest
 
-REPO = Path(__file__).resolve().parents[2]
+from tests.launch.cloud import PLACE, REPO, Cloud
+
 SCRIPT = str(REPO / "launch" / "tpu_vm.sh")
-PLACE = ("--zone=z1", "--project=p1")
-
-# Two hosts in each slice. FAIL_ON=NAME makes that slice unreachable.
-GCLOUD = """#!PYTHON
-import json, os, shutil, subprocess, sys
-from pathlib import Path
-root = Path(__file__).parent.parent
-words = sys.argv[1:]
-with open(root / "calls.jsonl", "a") as calls:
-    print(json.dumps(words), file=calls)
-assert words[:3] == ["compute", "tpus", "tpu-vm"] and "--zone=z1" in words and "--project=p1" in words, words
-action, name = words[3], words[4]
-if action == "describe":
-    sys.exit(print("10.0.0.7"))
-assert "--worker=all" in words
-name = words[5].split(":")[0] if action == "scp" else name
-if name == os.environ.get("FAIL_ON"):
-    sys.exit("cannot reach " + name)
-for host in range(2):
-    home = root / "hosts" / f"{name}-{host}"
-    home.mkdir(parents=True, exist_ok=True)
-    if action == "scp":
-        shutil.copy(words[4], home / words[5].split(":")[1])
-    else:
-        (command,) = [word.removeprefix("--command=") for word in words if word.startswith("--command=")]
-        done = subprocess.run(["sh", "-c", command], env=os.environ | {"HOME": str(home)}, cwd=home)
-        if done.returncode:
-            sys.exit(done.returncode)
-"""
-# Stands for Python on a host: `-m venv venv` makes an environment whose Python writes down how it is called.
-HOST_PYTHON = """#!/bin/sh
-[ "$*" = "-m venv venv" ] || exit 1
-mkdir -p venv/bin
-printf '#!/bin/sh\\necho "$@" >installed\\n' >venv/bin/python
-chmod +x venv/bin/python
-"""
 
 
-class Cloud:
-    """The folder with the fake gcloud, its calls and its hosts."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.environment = dict(os.environ)
-        self._program("gcloud", GCLOUD.replace("PYTHON", sys.executable))
-        self._program("host_python", HOST_PYTHON)
-        self.environment["PATH"] = f"{root / 'bin'}:{os.environ['PATH']}"
-
-    def _program(self, name: str, text: str) -> None:
-        path = self.root / "bin" / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text)
-        path.chmod(0o755)
-
+class Slices(Cloud):
     def __call__(self, *arguments: str, names: str = "a", **variables: str) -> subprocess.CompletedProcess[str]:
-        command = [SCRIPT, f"--name={names}", *PLACE, *arguments]
-        environment = self.environment | variables
-        return subprocess.run(command, env=environment, text=True, capture_output=True, timeout=60)
-
-    @property
-    def calls(self) -> list[list[str]]:
-        path = self.root / "calls.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    def host(self, name: str) -> Path:
-        folder = self.root / "hosts" / name / "intttrain"
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
+        return self.run(SCRIPT, f"--name={names}", *PLACE, *arguments, **variables)
 
 
 @pytest.fixture
-def cloud(tmp_path: Path) -> Cloud:
-    made = Cloud(tmp_path)
+def cloud(tmp_path: Path) -> Slices:
+    made = Slices(tmp_path)
     for name in ("a-0", "a-1", "b-0", "b-1"):
         made.host(name)
     return made
@@ -133,6 +70,25 @@ def test_start_status_stop_logs(cloud):
     assert cloud("--logs").stdout.count(": saved") == 2
     assert cloud("--stop").stdout.count(": not running") == 2
     assert cloud("--", "true").returncode == 0
+
+
+def test_kill_ends_what_does_not_listen(cloud):
+    assert cloud("--", "bash", "-c", 'trap "" TERM; echo deaf; for i in {1..600}; do sleep 0.1; done').returncode == 0
+    for host in ("a-0", "a-1"):
+        text_once_there(cloud.host(host) / "run.log", "deaf")
+    assert cloud("--stop").stdout.count(": asked to stop") == 2
+    assert cloud("--status").stdout.count(": running, number ") == 2
+    assert cloud("--kill").stdout.count(": killed") == 2
+    deadline = time.monotonic() + 20
+    while (said := cloud("--status").stdout).count(": ended without a status") < 2:
+        assert time.monotonic() < deadline, said
+    assert cloud("--kill").stdout.count(": not running") == 2
+
+
+def test_hosts_without_an_installation(cloud):
+    for action in ("--status", "--logs", "--stop", "--kill"):
+        assert cloud(action, names="new").stdout.count(": not started") == 2
+    assert cloud("--", "true", names="new").returncode == 1
 
 
 def test_slices_are_told_about_each_other(cloud):
