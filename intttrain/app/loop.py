@@ -7,7 +7,7 @@ import dataclasses
 import math
 import signal
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -81,9 +81,8 @@ def train(config: Config, workdir: Path, *, stop_at_step: int | None, report: Ca
         _Interrupts(config) as interrupts,
         Checkpoints(workdir / "checkpoints", config.train.checkpoint) as checkpoints,
     ):
-        stage = stage_after(stages, checkpoints.latest_step() or 0)
+        stage, state, cursor = _start(config, stages, programs, checkpoints, identity, report)
         program = programs[stage.number - 1]
-        state, cursor = _start(config, stage, program, checkpoints, identity, report)
         batches = _open_batches(stage, program, cursor)
         start = step = int(state["step"])
         last = config.train.num_steps if stop_at_step is None else min(stop_at_step, config.train.num_steps)
@@ -136,21 +135,25 @@ def _open_batches(stage: Stage, program: Program, cursor: int) -> Iterator[Batch
 
 
 def _start(
-    config: Config, stage: Stage, program: Program, checkpoints: Checkpoints, identity: Identity,
-    report: Callable[[str], None],
-) -> tuple[TrainState, int]:  # fmt: skip
-    """Returns the state and the data cursor to go on from: the newest checkpoint, else a fresh model."""
+    config: Config, stages: tuple[Stage, ...], programs: Sequence[Program], checkpoints: Checkpoints,
+    identity: Identity, report: Callable[[str], None],
+) -> tuple[Stage, TrainState, int]:  # fmt: skip
+    """Returns stage, state and data cursor to go on from: the newest intact checkpoint, else a fresh model."""
     counts = parameter_counts(config)
     size = f"{human_count(counts['parameters'])} parameters ({human_count(counts['ttt_parameters'])} for TTT)"
-    where = f"{stage}; " if stage.count > 1 else ""
     if checkpoints.latest_step() is None:
-        report(f"{config.name}: new run, {size}, {config.train.num_steps} steps; {where}compiling")
-        return program.init(), 0
-    state, info = checkpoints.restore_latest(program.state)
+        report(f"{config.name}: new run, {size}, {config.train.num_steps} steps; {_where(stages[0])}compiling")
+        return stages[0], programs[0].init(), 0
+    state, info = checkpoints.restore_latest(lambda step: programs[stage_after(stages, step).number - 1].state, report)
+    stage = stage_after(stages, info.step)
     check_compatible(info, identity.flat_config, identity.fingerprint)  # config.json may be another run's by now
-    todo = "nothing is left to do" if info.step >= config.train.num_steps else f"{size}; {where}compiling"
+    todo = "nothing is left to do" if info.step >= config.train.num_steps else f"{size}; {_where(stage)}compiling"
     report(f"{config.name}: resumed at step {info.step} of {config.train.num_steps}, {todo}")
-    return cast(TrainState, state), info.data_cursor
+    return stage, cast(TrainState, state), info.data_cursor
+
+
+def _where(stage: Stage) -> str:
+    return f"{stage}; " if stage.count > 1 else ""
 
 
 def _save_and_refuse(

@@ -21,6 +21,7 @@ from tests.train.checkpoint_cases import (
     folders,
     make_info,
     make_state,
+    restore_newest,
     run_python,
     save_steps,
 )
@@ -35,7 +36,7 @@ def test_round_trip_is_bit_exact_in_every_dtype(tmp_path):
     with Checkpoints(tmp_path, KEEP_ALL) as checkpoints:
         checkpoints.save(3, state, make_info(3))
     with Checkpoints(tmp_path, KEEP_ALL, read_only=True) as checkpoints:
-        restored, info = checkpoints.restore_latest(abstract(state))
+        restored, info = restore_newest(checkpoints, abstract(state))
     assert_same_bits(restored, state)
     assert info == make_info(3) and info.versions["jax"] == jax.__version__
 
@@ -60,7 +61,7 @@ def test_restored_optimizer_goes_on_exactly(tmp_path):
     state = {"params": params, "opt_state": opt_state}
     with Checkpoints(tmp_path, KEEP_ALL) as checkpoints:
         checkpoints.save(1, state, make_info(1))
-        restored, _ = checkpoints.restore_latest(jax.eval_shape(lambda: state))
+        restored, _ = restore_newest(checkpoints, jax.eval_shape(lambda: state))
     with jax.numpy_dtype_promotion("standard"):
         before, after = (optimizer.update(params, s["opt_state"], params) for s in (state, restored))
     assert_same_bits(after, before)
@@ -116,10 +117,10 @@ def test_a_checkpoint_of_params_only(tmp_path):
     params = {"params": make_state(1)["params"]}
     with Checkpoints(tmp_path, KEEP_ALL) as checkpoints:
         checkpoints.save(1, params, make_info(1))
-        restored, _ = checkpoints.restore_latest(abstract(params))
+        restored, _ = restore_newest(checkpoints, abstract(params))
         assert_same_bits(restored, params)
         with pytest.raises(UserError, match=r"healthy is missing in the checkpoint and .* in the model"):
-            checkpoints.restore_latest(abstract(make_state(1)))
+            restore_newest(checkpoints, abstract(make_state(1)))
 
 
 def test_read_info_needs_no_arrays(tmp_path):
@@ -173,7 +174,7 @@ def test_reading_leaves_no_trace(tmp_path):
     with Checkpoints(tmp_path / "none", KEEP_ALL, read_only=True) as checkpoints:
         assert checkpoints.latest_step() is None
         with pytest.raises(UserError, match="there is no checkpoint in .*none; train first"):
-            checkpoints.restore_latest(abstract(make_state(1)))
+            restore_newest(checkpoints, abstract(make_state(1)))
         with pytest.raises(ValueError, match="read-only"):
             checkpoints.save(1, make_state(1), make_info(1))
     assert not (tmp_path / "none").exists()
