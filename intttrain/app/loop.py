@@ -96,18 +96,21 @@ def train(config: Config, workdir: Path, *, stop_at_step: int | None, report: Ca
                     state, batches = program.take(state), _open_batches(stage, program, cursor)
                     log.begin(stage)
                 state, metrics = program.step(state, program.place(next(batches)))
+                checkpoints.raise_failed_save(step)
                 bad = log.read_one_late(step + 1, cursor, metrics)
                 step, cursor = step + 1, stage.cursor_after(cursor)
                 ends, evaluates = step == stage.until_step, evaluation.is_due(step)
                 if bad or ((ends or evaluates or checkpoints.should_save(step)) and (bad := log.read_rest())):
                     _save_and_refuse(stage, checkpoints, state, identity, bad)
                 with log.timer.excluded():
-                    checkpoints.save(step, dict(state), identity.info(step, cursor), force=ends)
-                    if evaluates:
+                    if evaluates:  # before it is saved, since the checkpoint holds the result
                         writers.write(step, evaluation.evaluate(step, stage.config, state["params"], program.mesh))
+                    info = identity.info(step, cursor, evaluation.loss_after(step))
+                    checkpoints.save(step, dict(state), info, force=ends)
             if bad := log.read_rest():
                 _save_and_refuse(stage, checkpoints, state, identity, bad)
-            checkpoints.save(step, dict(state), identity.info(step, cursor), force=True)
+            info = identity.info(step, cursor, evaluation.loss_after(step))
+            checkpoints.save(step, dict(state), info, force=True)
             checkpoints.wait()
     return TrainResult(step, step >= config.train.num_steps, interrupts.received, log.last)
 

@@ -40,9 +40,11 @@ class Identity:
     fingerprint: str
     tokenizer: dict[str, Any]
 
-    def info(self, step: int, data_cursor: int) -> CheckpointInfo:
+    def info(self, step: int, data_cursor: int, heldout_loss: float | None = None) -> CheckpointInfo:
         """Returns the description that goes into a checkpoint."""
-        return CheckpointInfo(step, data_cursor, self.flat_config, self.fingerprint, self.tokenizer)
+        return CheckpointInfo(
+            step, data_cursor, self.flat_config, self.fingerprint, self.tokenizer, heldout_loss=heldout_loss
+        )
 
 
 def make_identity(config: Config) -> Identity:

@@ -12,6 +12,7 @@ every array is summed up on the device when it is saved and when it is restored,
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import itertools
 import json
@@ -25,7 +26,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from intttrain.core.agreement import decided_by_first, first_message, on_first_process
+from intttrain.core.agreement import decided_by_first, first_message, largest, on_first_process
 from intttrain.core.config import CheckpointConfig
 from intttrain.core.distributed import process_count, process_index
 from intttrain.core.errors import UserError
@@ -39,8 +40,10 @@ from intttrain.train.checkpoint_errors import (
 )
 from intttrain.train.checkpoint_info import CheckpointInfo, from_document, to_document
 from intttrain.train.checksum import array_checksums
+from intttrain.train.retention import make_policy
 
 PyTree = Any
+AGREE_EVERY_STEPS = 10  # how often processes ask each other whether the save in the background goes well
 
 
 class Checkpoints:
@@ -61,8 +64,10 @@ class Checkpoints:
         path = epath.Path(directory)
         self._directory = path if path.is_absolute() else epath.Path(os.path.abspath(path))
         self._config = config
-        self._in_flight: int | None = None
+        self._in_flight: tuple[int, concurrent.futures.Future[None]] | None = None  # a step, and whether it is on disk
         self._own: set[int] = set()  # steps saved or restored through this object
+        self._losses: dict[int, float | None] = {}  # held-out losses of steps, where known
+        self._waiting = concurrent.futures.ThreadPoolExecutor(1, "wait_for_save")
         self._reader = _make_reader()
         try:
             # Kept from before the first save: processes that list the directory later could see different steps.
@@ -73,12 +78,11 @@ class Checkpoints:
             raise UserError(f"cannot open the checkpoint directory {self._directory}: {reason}") from error
 
     def _make_manager(self) -> ocp.CheckpointManager:
-        policies = ocp.checkpoint_managers
-        keep = [policies.LatestN(self._config.keep_last)]
-        if self._config.keep_every_steps is not None:
-            keep.append(policies.EveryNSteps(self._config.keep_every_steps))
+        if self._config.keep_best is not None:
+            infos = {step: _info_of(self._directory / str(step)) for step in self._found}
+            self._losses.update((step, info.heldout_loss) for step, info in infos.items() if info is not None)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(keep),
+            preservation_policy=make_policy(self._config, self._losses),
             create=True,
             cleanup_tmp_directories=True,
             save_root_metadata=False,
@@ -131,9 +135,10 @@ class Checkpoints:
         }
         if training := _without_params(arrays):
             items["training"] = ocp.args.StandardSave(training)
+        self._losses[step] = info.heldout_loss
         with self._reporting_failed_save(step):
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
-        self._in_flight = step
+        self._in_flight = step, self._waiting.submit(self._manager.wait_until_finished)
         self._own.add(step)
         return True
 
@@ -149,11 +154,26 @@ class Checkpoints:
                 f"delete {', '.join(str(self._directory / str(found)) for found in later)} or use another --workdir"
             )
 
+    def raise_failed_save(self, step: int) -> None:
+        """Raises as ``wait`` does once the save in the background has failed; waits for nothing else.
+
+        Several processes have to look together, and do so at multiples of ``AGREE_EVERY_STEPS`` only.
+        """
+        if self._in_flight is None or (process_count() > 1 and step % AGREE_EVERY_STEPS):
+            return
+        saving, on_disk = self._in_flight
+        failed = on_disk.done() and on_disk.exception() is not None
+        worst = largest(2 if failed else int(not on_disk.done()))
+        if worst != 1:
+            self.wait()
+        if worst == 2:
+            raise UserError(f"checkpoint step {saving} could not be written by another process; see its output")
+
     def wait(self) -> None:
         """Blocks until the save in progress is on disk. Raises ``UserError`` if it failed."""
         if self._manager is None or self._in_flight is None:
             return
-        step, self._in_flight = self._in_flight, None
+        (step, _), self._in_flight = self._in_flight, None
         with self._reporting_failed_save(step):
             self._manager.wait_until_finished()
 
@@ -167,6 +187,7 @@ class Checkpoints:
                 with contextlib.suppress(Exception):
                     self._manager.close()
                 self._manager = None
+            self._waiting.shutdown(wait=False)
 
     @contextlib.contextmanager
     def _reporting_failed_save(self, step: int) -> Iterator[None]:
@@ -362,8 +383,12 @@ class Checkpoints:
             "intact and was left as it is. Mend the access to it and start the same command again"
         )
 
+    def _looks_complete(self, step: int) -> bool:
+        folder = self._directory / str(step)
+        return _info_of(folder) is not None and (folder / "params").exists()
+
     def _damaged(self, step: int, reason: str) -> DamagedError:
-        earlier = [other for other in self.steps() if other < step and _looks_complete(self._directory / str(other))]
+        earlier = [other for other in self.steps() if other < step and self._looks_complete(other)]
         if earlier:
             advice = f"step {earlier[-1]} is complete: use --step={earlier[-1]}, or intttrain train goes on from there"
         else:
@@ -389,13 +414,12 @@ def _read_document(folder: epath.Path) -> tuple[CheckpointInfo, dict[str, dict[s
     return from_document(json.loads((folder / "info" / "metadata").read_text()))
 
 
-def _looks_complete(folder: epath.Path) -> bool:
-    """Returns whether the info is intact and the parameters are there, from this process alone (no barriers)."""
+def _info_of(folder: epath.Path) -> CheckpointInfo | None:
+    """Returns the info of a step if it is intact."""
     try:
-        _read_document(folder)
+        return _read_document(folder)[0]
     except (OSError, UserError, ValueError, KeyError, TypeError, AttributeError):
-        return False
-    return (folder / "params").exists()
+        return None
 
 
 # --- arrays ------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Any
 
 from intttrain.core.errors import UserError
 
-FORMAT = 1  # raised when an older program could misread what this one writes
+FORMAT = 2  # raised when an older program could misread what this one writes
 
 _VERSIONED_PACKAGES = ("intttrain", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -38,6 +38,7 @@ class CheckpointInfo:
       fingerprint: of the prepared token store.
       tokenizer: enough to tell, and to open again, the tokenizer of that store.
       versions: of the packages that wrote the checkpoint.
+      heldout_loss: of these parameters, if it was measured and is finite.
     """
 
     step: int
@@ -46,6 +47,7 @@ class CheckpointInfo:
     fingerprint: str
     tokenizer: Mapping[str, Any]
     versions: Mapping[str, str] = dataclasses.field(default_factory=package_versions)
+    heldout_loss: float | None = None
 
 
 def to_document(info: CheckpointInfo, table: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

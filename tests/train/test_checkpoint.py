@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -140,6 +141,30 @@ def test_retention_keeps_the_last_and_multiples_forever(tmp_path):
         for step in (5, 6, 7, 8):
             checkpoints.save(step, make_state(step), make_info(step))
     assert folders(tmp_path) == ["3", "6", "7", "8"]
+
+
+def test_retention_keeps_the_best_across_restarts(tmp_path):
+    config = CheckpointConfig(every_steps=1, keep_last=1, keep_best=2)
+    losses: dict[int, float | None] = {1: 3.0, 2: 1.5, 3: None, 4: 2.5, 5: 1.5, 6: 9.0, 7: None}
+    left = {}
+    for steps in ((1, 2, 3), (4, 5), (6, 7)):
+        with Checkpoints(tmp_path, config) as checkpoints:
+            for step in steps:
+                info = dataclasses.replace(make_info(step), heldout_loss=losses[step])
+                checkpoints.save(step, make_state(step), info)
+        left[steps[-1]] = folders(tmp_path)
+    assert left == {3: ["1", "2", "3"], 5: ["2", "5"], 7: ["2", "5", "7"]}
+
+
+def test_a_damaged_step_is_not_among_the_best(tmp_path):
+    config = CheckpointConfig(every_steps=1, keep_last=1, keep_best=1)
+    with Checkpoints(tmp_path, config) as checkpoints:
+        for step, loss in ((1, 1.0), (2, 2.0)):
+            checkpoints.save(step, make_state(step), dataclasses.replace(make_info(step), heldout_loss=loss))
+    (tmp_path / "1" / "info" / "metadata").write_text("{")
+    with Checkpoints(tmp_path, config) as checkpoints:
+        checkpoints.save(3, make_state(3), dataclasses.replace(make_info(3), heldout_loss=3.0))
+    assert folders(tmp_path) == ["2", "3"]
 
 
 def test_saves_on_multiples_or_when_forced_and_never_twice(tmp_path):

@@ -217,7 +217,7 @@ def test_a_newer_format_names_the_version_to_use(tmp_path, monkeypatch):
     monkeypatch.undo()
     with (
         Checkpoints(tmp_path, KEEP_ALL, read_only=True) as checkpoints,
-        pytest.raises(UserError, match=r"has format 7, this version of intttrain reads up to 1"),
+        pytest.raises(UserError, match=r"has format 7, this version of intttrain reads up to 2"),
     ):
         checkpoints.read_info(1)
 
