@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.app.small import World, checksums
+from tests.app.small import World, checksums, steps
 
 REPO = Path(__file__).resolve().parents[2]
 TIMING = ("tokens_per_second", "eta_seconds", "time")
@@ -26,7 +26,7 @@ EVALUATE = "--config.eval.every_steps=4"  # at the end, in another stage where t
 
 def launch(
     world: World, processes: int, devices: int, workdir: Path, *flags: str, program: str = "intttrain",
-    stages: Sequence[dict[str, Any]] = (),
+    stages: Sequence[dict[str, Any]] = (), status: int = 0,
 ) -> str:  # fmt: skip
     text = (world.root / "small.py").read_text()
     end = "    return config"
@@ -41,7 +41,7 @@ def launch(
     command = [str(REPO / "launch" / "local.sh"), str(processes), str(devices), sys.executable, "-m", *program.split()]
     command += ["train", f"--config={config}", f"--workdir={workdir}", *FLAGS, *flags]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+    assert done.returncode == status, done.stdout[-3000:] + done.stderr
     return done.stdout
 
 
@@ -93,3 +93,23 @@ def test_four_processes_train_as_one_and_each_goes_on_from_the_other(world: Worl
     # What was resumed is what was saved, to the bit, and the other layout left it as it was.
     for first, resumed in ((one, one_four), (four, four_one)):
         assert checksums(first, 2) == checksums(resumed, 2)
+
+
+def test_one_terminated_process_saves_on_all_and_other_devices_go_on(world: World, tmp_path: Path) -> None:
+    """Two processes with a device each, then eight devices that also cut rows, then one: as one device throughout."""
+    alone, moved = tmp_path / "alone", tmp_path / "moved"
+
+    def mesh(**sizes: int) -> list[str]:
+        sizes = {"data": 1, "fsdp": 1, "context": 1, "tensor": 1} | sizes
+        return [f"--config.mesh.{axis}={size}" for axis, size in sizes.items()]
+
+    output = launch(world, 2, 1, moved, *mesh(fsdp=2), program="tests.app.terminated 1", status=143)
+    assert "stopped at step 2 of 4" in output and steps(moved) == [2]
+    split = launch(world, 1, 8, moved, *mesh(fsdp=2, context=4), "--stop_at_step=3")
+    assert "resumed at step 2 of 4" in split
+    assert "resumed at step 3 of 4" in launch(world, 1, 1, moved, *mesh())
+    launch(world, 1, 1, alone, *mesh())
+    found, wanted = losses(moved), losses(alone)
+    assert sorted(found) == sorted(wanted) == [1, 2, 3, 4]
+    for step, values in wanted.items():
+        np.testing.assert_allclose(found[step], values, rtol=2e-5, err_msg=f"step {step}")

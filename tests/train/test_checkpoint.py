@@ -104,6 +104,52 @@ def test_restore_reshards_to_the_abstract_sharding(tmp_path):
     assert result.stdout.strip() == "resharded" and result.stderr == "", result.stderr
 
 
+def test_a_training_state_goes_from_one_mesh_to_another_and_back(tmp_path):
+    result = run_python(
+        """
+        import sys
+        import jax, numpy as np
+        from intttrain.core.config import CheckpointConfig, default_config, resolve
+        from intttrain.train import CheckpointInfo, Checkpoints, make_program
+
+        def abstract_state(**mesh):
+            config = default_config()
+            config.model.num_layers, config.model.d_model, config.model.d_ff, config.model.head_dim = 1, 32, 64, 8
+            config.mesh.update(mesh)
+            return make_program(resolve(config)).state
+
+        def bits(leaf):
+            return np.asarray(leaf).tobytes()
+
+        rng = np.random.default_rng(0)
+        meshes = {"fsdp": {"fsdp": 8}, "split": {"fsdp": 2, "context": 4}, "tensor": {"fsdp": 4, "tensor": 2}}
+        states = {name: abstract_state(**mesh) for name, mesh in meshes.items()}
+        state = jax.tree.map(
+            lambda leaf: jax.device_put(np.frombuffer(rng.bytes(leaf.size * leaf.dtype.itemsize), np.uint8).view(
+                np.uint8 if leaf.dtype == bool else leaf.dtype).reshape(leaf.shape).astype(leaf.dtype), leaf.sharding),
+            states["fsdp"],
+        )
+        expected = [bits(leaf) for leaf in jax.tree.leaves(state)]
+        cut = set()
+        with Checkpoints(sys.argv[1], CheckpointConfig(keep_last=9)) as checkpoints:
+            for step, name in enumerate(("split", "tensor", "fsdp"), start=1):
+                assert checkpoints.save(step, dict(state), CheckpointInfo(step, 0, {}, "f", {}), force=True)
+                checkpoints.wait()
+                state, _ = checkpoints.restore(step, dict(states[name]))
+                for leaf, wanted, value in zip(
+                    jax.tree.leaves(state), jax.tree.leaves(dict(states[name])), expected, strict=True
+                ):
+                    assert leaf.sharding == wanted.sharding and bits(leaf) == value
+                cut.add(state["params"]["embed"]["weight"].sharding.shard_shape((320, 32)))
+        assert len(cut) == 2, cut  # context cuts parameters as fsdp does
+        print("the same")
+        """,
+        tmp_path,
+        devices=8,
+    )
+    assert result.stdout.strip() == "the same" and result.stderr == "", result.stderr
+
+
 def test_params_alone_do_not_touch_the_optimizer_state(tmp_path):
     save_steps(tmp_path, 2)
     shutil.rmtree(tmp_path / "2" / "training")
