@@ -27,6 +27,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from intttrain.core.agreement import decided_by_first, first_message, largest, on_first_process
+from intttrain.core.barrier import FailingBarrier
 from intttrain.core.config import CheckpointConfig
 from intttrain.core.distributed import process_count, process_index
 from intttrain.core.errors import UserError
@@ -88,7 +89,7 @@ class Checkpoints:
             save_root_metadata=False,
             # Made in the background, a folder that cannot be made leaves threads waiting for it for many minutes,
             # which keep the process from ending.
-            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False, barrier_sync_fn=FailingBarrier()),
         )
         return ocp.CheckpointManager(self._directory, options=options)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.app.small import World, checksums, steps
+from tests.app.small import World, checksums, done, steps
 
 REPO = Path(__file__).resolve().parents[2]
 TIMING = ("tokens_per_second", "eta_seconds", "time")
@@ -40,9 +40,9 @@ def launch(
     }
     command = [str(REPO / "launch" / "local.sh"), str(processes), str(devices), sys.executable, "-m", *program.split()]
     command += ["train", f"--config={config}", f"--workdir={workdir}", *FLAGS, *flags]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == status, done.stdout[-3000:] + done.stderr
-    return done.stdout
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert ended.returncode == status, ended.stdout[-3000:] + ended.stderr
+    return ended.stdout
 
 
 def losses(workdir: Path) -> dict[int, tuple[float, float]]:
@@ -107,8 +107,9 @@ def test_one_terminated_process_saves_on_all_and_other_devices_go_on(world: Worl
     assert "stopped at step 2 of 4" in output and steps(moved) == [2]
     split = launch(world, 1, 8, moved, *mesh(fsdp=2, context=4), "--stop_at_step=3")
     assert "resumed at step 2 of 4" in split
-    assert "resumed at step 3 of 4" in launch(world, 1, 1, moved, *mesh())
-    launch(world, 1, 1, alone, *mesh())
+    here = ("train", world.config, *FLAGS, *mesh())
+    assert "resumed at step 3 of 4" in done(*here, f"--workdir={moved}").err
+    done(*here, f"--workdir={alone}")
     found, wanted = losses(moved), losses(alone)
     assert sorted(found) == sorted(wanted) == [1, 2, 3, 4]
     for step, values in wanted.items():

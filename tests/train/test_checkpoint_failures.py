@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
+import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -312,6 +317,96 @@ def test_a_full_disk_surfaces_and_the_previous_step_stays(tmp_path):
         assert "File too large" in message and "step 1 is complete and can be restored" in message
     assert result.stderr == ""
     assert folders(tmp_path / "checkpoints") == ["2"]
+
+
+READ_ONLY = """
+    import ctypes, pathlib, sys
+    # Without capabilities root has to obey modes, too. Threads that start later inherit this.
+    header, nothing = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert ctypes.CDLL(None).capset(header, nothing) == 0
+
+    import jax.numpy as jnp
+    from intttrain.core.config import CheckpointConfig
+    from intttrain.core.errors import UserError
+    from intttrain.train.checkpoint import CheckpointInfo, Checkpoints
+
+    directory = pathlib.Path(sys.argv[1])
+
+    def save(checkpoints, step):
+        checkpoints.save(step, {"params": {"w": jnp.ones(9)}}, CheckpointInfo(step, 0, {}, "f", {}))
+        checkpoints.wait()
+
+    with Checkpoints(directory, CheckpointConfig(every_steps=1)) as checkpoints:
+        save(checkpoints, 1)
+        directory.chmod(0o555)
+        try:
+            save(checkpoints, 2)
+        except UserError as error:
+            print(error)
+    try:
+        Checkpoints(directory / "below", CheckpointConfig())
+    except UserError as error:
+        print(error)
+    directory.chmod(0o755)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="capabilities are Linux's")
+def test_a_read_only_directory_is_one_line(tmp_path):
+    result = run_python(READ_ONLY, tmp_path / "checkpoints")
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    saving, opening = result.stdout.splitlines()
+    assert "checkpoint step 2 could not be written to" in saving and "Permission denied" in saving
+    assert "step 1 is complete and can be restored" in saving
+    assert "cannot open the checkpoint directory" in opening and "Permission denied" in opening
+
+
+class SlowDisk:
+    """Finishes no checkpoint until it is told how."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.go_on, self.error = threading.Event(), None
+        self._rename = os.rename
+        monkeypatch.setattr(os, "rename", self.rename)
+        monkeypatch.setattr(os, "replace", self.rename)
+
+    def rename(self, *args: Any, **kwargs: Any) -> None:
+        assert self.go_on.wait(60)
+        if self.error is not None:
+            raise self.error
+        self._rename(*args, **kwargs)
+
+
+def test_training_goes_on_while_a_slow_disk_takes_a_checkpoint(tmp_path, monkeypatch):
+    disk = SlowDisk(monkeypatch)
+    with Checkpoints(tmp_path, KEEP_ALL) as checkpoints:
+        checkpoints.save(1, make_state(1), make_info(1))
+        for step in range(2, 9):
+            checkpoints.raise_failed_save(step)  # blocks for nothing
+        assert checkpoints.steps() == []
+        release = threading.Timer(0.2, disk.go_on.set)
+        release.start()
+        checkpoints.save(9, make_state(9), make_info(9))  # has to wait
+        assert disk.go_on.is_set() and 1 in checkpoints.steps()
+        release.join()
+    with Checkpoints(tmp_path, KEEP_ALL) as checkpoints:
+        assert checkpoints.steps() == [1, 9]
+        for step in (1, 9):
+            assert_same_bits(checkpoints.restore(step, abstract(make_state(step)))[0], make_state(step))
+
+
+def test_a_failed_save_is_noticed_at_the_next_step(tmp_path, monkeypatch):
+    disk = SlowDisk(monkeypatch)
+    with Checkpoints(tmp_path, KEEP_ALL) as checkpoints:
+        checkpoints.save(1, make_state(1), make_info(1))
+        disk.error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        checkpoints.raise_failed_save(2)
+        disk.go_on.set()
+        with pytest.raises(UserError, match="step 1 could not be written .*No space left on device.*no step is on"):
+            for step in range(3, 6000):
+                checkpoints.raise_failed_save(step)
+                time.sleep(0.01)
+        assert step < 5000, "it was close() that said it"
 
 
 GONE = """
