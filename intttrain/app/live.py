@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
@@ -31,6 +32,7 @@ class LiveEvaluation:
         """
         self._every_steps, self._last_step = config.eval.every_steps, config.train.num_steps
         self._report = report
+        self._evaluated = -1, math.nan  # step and loss of the last evaluation
         if config.eval.every_steps is not None and config.data.heldout is not None:
             self._rows = document_rows(
                 TokenStore.open(config.data.heldout), seq_len=config.eval.seq_len,
@@ -59,4 +61,10 @@ class LiveEvaluation:
         levels = ", ".join(f"{name} {scalars[name]:.4f}" for name in result.levels)
         seconds = human_duration(time.monotonic() - began_s)
         self._report(f"step {step}: held out {levels} {result.unit}, {result.num_documents} documents in {seconds}")
+        self._evaluated = step, scalars["on" if config.model.ttt is not None else "dense"]
         return {PREFIX + name: value for name, value in scalars.items()}
+
+    def loss_after(self, step: int) -> float | None:
+        """Returns the loss, with the update on, of the state after ``step`` if that was the last to be evaluated."""
+        evaluated, loss = self._evaluated
+        return loss if evaluated == step and math.isfinite(loss) else None

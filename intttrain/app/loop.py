@@ -4,38 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
-import signal
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
+from intttrain.app.interrupts import Interrupts
 from intttrain.app.live import LiveEvaluation
-from intttrain.app.observe import StepProfile, peak_memory_gib, utilisation
+from intttrain.app.observe import StepProfile
 from intttrain.app.runs import Identity, claim_workdir, make_identity, parameter_counts
-from intttrain.app.skips import BadStep, Skips, find_bad_step
-from intttrain.core.agreement import largest, on_first_process
+from intttrain.app.skips import BadStep, Skips
+from intttrain.app.step_log import StepLog
+from intttrain.core.agreement import on_first_process
 from intttrain.core.config import Config
-from intttrain.core.distributed import process_count, process_index
+from intttrain.core.distributed import process_index
 from intttrain.core.errors import UserError
 from intttrain.core.goodput import GOODPUT_FILE, Stopwatch, summarise_goodput
 from intttrain.core.metrics import MetricWriters, make_metric_writers
-from intttrain.core.progress import StepTimer, human_count
+from intttrain.core.progress import human_count
 from intttrain.core.sharding import check_evaluation
 from intttrain.core.stages import Stage, make_stages, stage_after
 from intttrain.data import Batch, make_batches, make_row_dataset
-from intttrain.train import (
-    Checkpoints,
-    Program,
-    StepMetrics,
-    TrainState,
-    check_compatible,
-    make_program,
-    scalars,
-)
-
-STATE_WARNING = 10.0  # |S| / |W0|; healthy runs stay below about 4
+from intttrain.train import Checkpoints, Program, TrainState, check_compatible, make_program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,56 +64,129 @@ def train(config: Config, workdir: Path, *, stop_at_step: int | None, report: Ca
     evaluation = LiveEvaluation(config, report)
     on_first_process(lambda: claim_workdir(workdir, identity))
     with (
-        _Interrupts(config) as interrupts,
+        Interrupts(config.train.log_every_steps) as interrupts,
         Checkpoints(workdir / "checkpoints", config.train.checkpoint) as checkpoints,
         StepProfile(config.train.profile_steps, workdir, report) as profile,
     ):
-        stage = stage_after(stages, checkpoints.latest_step() or 0)
-        program = programs[stage.number - 1]
-        state, cursor, skips = _start(config, stage, program, checkpoints, identity, report)
-        batches = _open_batches(stage, program, cursor)
-        start = step = int(state["step"])
-        last = config.train.num_steps if stop_at_step is None else min(stop_at_step, config.train.num_steps)
+        place = _start(config, stages, programs, checkpoints, identity, report)
         with make_metric_writers(
-            workdir, num_steps=config.train.num_steps, start_step=start, process_index=process_index(),
+            workdir, num_steps=config.train.num_steps, start_step=place.step, process_index=process_index(),
             stopwatch=stopwatch, wandb_project=config.train.wandb_project, name=config.name,
         ) as writers:  # fmt: skip
-            log = _Log(stage, writers, report)
-            stopwatch.switch("compile")
-            while step < last and not interrupts.stop(step - start):
-                if step == stage.until_step:
-                    stage, program = stages[stage.number], programs[stage.number]  # numbers begin at 1
-                    state, batches = program.take(state), _open_batches(stage, program, cursor)
-                    log.begin(stage)
-                    stopwatch.switch("compile")
-                with stopwatch.spent_on("data"):
-                    batch = program.place(next(batches))
-                profile.before(step + 1)
-                state, metrics = program.step(state, batch)
-                profile.after(step + 1, metrics.loss)
-                stopwatch.switch("step")
-                bad = log.read_one_late(step + 1, cursor, metrics)
-                step, cursor = step + 1, stage.cursor_after(cursor)
-                ends, evaluates = step in (stage.until_step, last), evaluation.is_due(step)
-                if not bad and (ends or evaluates or checkpoints.should_save(step)):
-                    bad = log.read_rest()
-                if bad:
-                    state, step, cursor = skips.pass_over(bad, state, checkpoints, identity)
-                    batches = _open_batches(stage, program, cursor)
-                    continue
-                with log.timer.excluded(), stopwatch.spent_on("checkpoint"):
-                    checkpoints.save(step, dict(state), identity.info(step, cursor, skips.batches), force=ends)
-                if evaluates:
-                    with log.timer.excluded(), stopwatch.spent_on("evaluation"):
-                        writers.write(step, evaluation.evaluate(step, stage.config, state["params"], program.mesh))
-            if bad := log.read_rest():  # of an interrupted run
-                state, step, cursor = skips.pass_over(bad, state, checkpoints, identity)
-            with stopwatch.spent_on("checkpoint"):
-                checkpoints.save(step, dict(state), identity.info(step, cursor, skips.batches), force=True)
-                checkpoints.wait()
+            log = StepLog(place.stage, writers, report)
+            loop = _Loop(stages, programs, place, identity, checkpoints, evaluation, writers, log, stopwatch, profile)
+            loop.run(config.train.num_steps if stop_at_step is None else stop_at_step, interrupts)
     if goodput := summarise_goodput(workdir / GOODPUT_FILE):
         report(goodput.line())
-    return TrainResult(step, step >= config.train.num_steps, interrupts.received, log.last)
+    return TrainResult(place.step, place.step >= config.train.num_steps, interrupts.received, log.last)
+
+
+@dataclasses.dataclass
+class _Place:
+    """Where a run is.
+
+    Attributes:
+      stage: that makes the next step.
+      state: after ``step`` steps.
+      cursor: of the next row.
+      skips: batches before it that were not learned from.
+    """
+
+    stage: Stage
+    state: TrainState
+    step: int
+    cursor: int
+    skips: Skips
+
+
+@dataclasses.dataclass
+class _Loop:
+    """What the steps of a run need; ``place`` changes with each of them."""
+
+    stages: Sequence[Stage]
+    programs: Sequence[Program]
+    place: _Place
+    identity: Identity
+    checkpoints: Checkpoints
+    evaluation: LiveEvaluation
+    writers: MetricWriters
+    log: StepLog
+    stopwatch: Stopwatch
+    profile: StepProfile
+
+    def run(self, until_step: int, interrupts: Interrupts) -> None:
+        """Makes steps until ``until_step``, the end of the run or an interruption, and saves."""
+        place, start = self.place, self.place.step
+        last = min(until_step, self.stages[-1].until_step)
+        self._enter_stage(place.stage)
+        while place.step < last and not interrupts.stop(place.step - start):
+            if place.step == place.stage.until_step:
+                self._enter_stage(self.stages[place.stage.number])  # numbers begin at 1
+            bad = self._make_step()
+            saves = place.step in (place.stage.until_step, last)
+            if not bad and (saves or self.evaluation.is_due(place.step) or self.checkpoints.should_save(place.step)):
+                bad = self.log.read_rest()
+            if bad:
+                self._pass_over(bad)
+            else:
+                self._evaluate_and_save(force=saves)
+        if bad := self.log.read_rest():  # of an interrupted run
+            self._pass_over(bad)
+        with self._during("saving"):
+            self._save(force=True)
+            self.checkpoints.wait()
+
+    def _enter_stage(self, stage: Stage) -> None:
+        self.program = self.programs[stage.number - 1]
+        if stage is not self.place.stage:
+            self.place.stage, self.place.state = stage, self.program.take(self.place.state)
+            self.log.begin(stage)
+        self.batches = _open_batches(stage, self.program, self.place.cursor)
+        self.stopwatch.switch("compiling")
+
+    def _make_step(self) -> BadStep | None:
+        """Starts a step and reads the one before; returns one that was not applied."""
+        place = self.place
+        number = place.step + 1
+        with self.stopwatch.spent_on("reading"):
+            batch = self.program.place(next(self.batches))
+        self.profile.before(number)
+        place.state, metrics = self.program.step(place.state, batch)
+        self.profile.after(number, metrics.loss)
+        self.checkpoints.raise_failed_save(place.step)
+        self.stopwatch.switch("training")
+        bad = self.log.read_one_late(number, place.cursor, metrics)
+        place.step, place.cursor = number, place.stage.cursor_after(place.cursor)
+        return bad
+
+    def _pass_over(self, bad: BadStep) -> None:
+        place = self.place
+        place.state, place.step, place.cursor = place.skips.pass_over(bad, place.state, self.checkpoints, self.identity)
+        self.batches = _open_batches(place.stage, self.program, place.cursor)
+
+    def _evaluate_and_save(self, *, force: bool) -> None:
+        """Does what is due after a step; evaluates first, because the checkpoint holds the result."""
+        place, config = self.place, self.place.stage.config
+        with self.log.timer.excluded():
+            if self.evaluation.is_due(place.step):
+                with self._during("evaluating"):
+                    found = self.evaluation.evaluate(place.step, config, place.state["params"], self.program.mesh)
+                    self.writers.write(place.step, found)
+            if force or self.checkpoints.should_save(place.step):
+                with self._during("saving"):
+                    self._save(force=force)
+
+    def _save(self, *, force: bool) -> None:
+        place = self.place
+        loss = self.evaluation.loss_after(place.step)
+        info = self.identity.info(place.step, place.cursor, skipped=place.skips.batches, heldout_loss=loss)
+        self.checkpoints.save(place.step, dict(place.state), info, force=force)
+
+    @contextlib.contextmanager
+    def _during(self, phase: str) -> Iterator[None]:
+        """Counts the time of something that is no step."""
+        with self.stopwatch.spent_on(phase):
+            yield
 
 
 def _make_program(stage: Stage) -> Program:
@@ -150,104 +212,23 @@ def _open_batches(stage: Stage, program: Program, cursor: int) -> Iterator[Batch
 
 
 def _start(
-    config: Config, stage: Stage, program: Program, checkpoints: Checkpoints, identity: Identity,
-    report: Callable[[str], None],
-) -> tuple[TrainState, int, Skips]:  # fmt: skip
-    """Returns state, data cursor and skips to go on from: those of the newest checkpoint, else a fresh model's."""
+    config: Config, stages: tuple[Stage, ...], programs: Sequence[Program], checkpoints: Checkpoints,
+    identity: Identity, report: Callable[[str], None],
+) -> _Place:  # fmt: skip
+    """Returns where to go on from: the newest intact checkpoint, else a fresh model."""
     counts = parameter_counts(config)
     size = f"{human_count(counts['parameters'])} parameters ({human_count(counts['ttt_parameters'])} for TTT)"
-    where = f"{stage}; " if stage.count > 1 else ""
     if checkpoints.latest_step() is None:
-        report(f"{config.name}: new run, {size}, {config.train.num_steps} steps; {where}compiling")
-        return program.init(), 0, Skips(config.train.skip, (), report)
-    state, info = checkpoints.restore_latest(program.state)
+        report(f"{config.name}: new run, {size}, {config.train.num_steps} steps; {_where(stages[0])}compiling")
+        return _Place(stages[0], programs[0].init(), 0, 0, Skips(config.train.skip, (), report))
+    state, info = checkpoints.restore_latest(lambda step: programs[stage_after(stages, step).number - 1].state, report)
+    stage = stage_after(stages, info.step)
     check_compatible(info, identity.flat_config, identity.fingerprint)  # config.json may be another run's by now
-    todo = "nothing is left to do" if info.step >= config.train.num_steps else f"{size}; {where}compiling"
+    todo = "nothing is left to do" if info.step >= config.train.num_steps else f"{size}; {_where(stage)}compiling"
     report(f"{config.name}: resumed at step {info.step} of {config.train.num_steps}, {todo}")
-    return cast(TrainState, state), info.data_cursor, Skips(config.train.skip, info.skipped, report)
+    skips = Skips(config.train.skip, info.skipped, report)
+    return _Place(stage, cast(TrainState, state), info.step, info.data_cursor, skips)
 
 
-class _Log:
-    """Reads metrics one step late, so that the device never waits for the host, and writes them."""
-
-    def __init__(self, stage: Stage, writers: MetricWriters, report: Callable[[str], None]):
-        self._stage, self._writers, self._report = stage, writers, report
-        self.timer = StepTimer()
-        self._pending: tuple[int, int, StepMetrics] | None = None
-        self._warned = False
-        self.last: dict[str, float] = {}
-
-    def begin(self, stage: Stage) -> None:
-        """Goes on with another stage, whose steps take another time."""
-        self._stage, self.timer = stage, StepTimer()
-        self._report(f"{stage}; compiling")
-
-    def read_one_late(self, step: int, cursor: int, metrics: StepMetrics) -> BadStep | None:
-        """Takes the metrics of ``step``, which began at ``cursor``, and reads those before.
-
-        Returns a step that was not applied if it met one; the step after it was not either.
-        """
-        bad = self.read_rest()
-        self._pending = None if bad else (step, cursor, metrics)
-        return bad
-
-    def read_rest(self) -> BadStep | None:
-        """Waits for the step that is still pending and reads it."""
-        if self._pending is None:
-            return None
-        (step, cursor, metrics), self._pending = self._pending, None
-        numbers = scalars(self._stage.config, metrics)
-        if bad := find_bad_step(self._stage, step, cursor, metrics):
-            return bad
-        self.timer.tick(step)
-        self.last = numbers
-        self._warn(step, numbers)
-        train = self._stage.config.train
-        if step % train.log_every_steps == 0 or step == train.num_steps or step == 1:
-            self._writers.write(step, numbers | self._rates())
-        return None
-
-    def _rates(self) -> dict[str, float]:
-        train, tokens = self._stage.config.train, self._stage.tokens_per_step
-        rate, left = self.timer.rate(tokens), self.timer.eta_seconds(train.num_steps)
-        mfu, memory = utilisation(self._stage.config, rate), peak_memory_gib()
-        known = {"tokens_per_second": rate, "mfu": mfu, "eta_seconds": left, "peak_memory_gib": memory}
-        return {name: value for name, value in known.items() if value is not None}
-
-    def _warn(self, step: int, numbers: dict[str, float]) -> None:
-        """Says once that a fast weight outgrew its base: too large an eta fails silently."""
-        largest = max((v for name, v in numbers.items() if name.startswith("ttt/state")), default=0.0)
-        if largest > STATE_WARNING and not self._warned and math.isfinite(largest):
-            self._warned = True
-            self._report(
-                f"warning: step {step}: the fast-weight state is {largest:.3g} times W0 (healthy: up to about 4); "
-                "model.ttt.eta may be too large"
-            )
-
-
-class _Interrupts(contextlib.AbstractContextManager["_Interrupts"]):
-    """Notes SIGTERM and Ctrl-C instead of dying, so that the loop can save first; a second Ctrl-C kills."""
-
-    def __init__(self, config: Config) -> None:
-        self.received: int | None = None
-        self._ask_every = config.train.log_every_steps if process_count() > 1 else 1
-
-    def stop(self, step: int) -> bool:
-        """Returns whether a process was interrupted; all get the same answer, at multiples of ``log_every_steps``."""
-        if step % self._ask_every == 0:
-            self.received = largest(self.received or 0) or None
-            return self.received is not None
-        return False
-
-    def __enter__(self) -> _Interrupts:
-        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: types.FrameType | None) -> None:
-        if self.received is not None:
-            raise KeyboardInterrupt
-        self.received = number
+def _where(stage: Stage) -> str:
+    return f"{stage}; " if stage.count > 1 else ""

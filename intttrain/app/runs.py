@@ -41,10 +41,14 @@ class Identity:
     fingerprint: str
     tokenizer: dict[str, Any]
 
-    def info(self, step: int, data_cursor: int, skipped: Sequence[Sequence[int]] = ()) -> CheckpointInfo:
+    def info(
+        self, step: int, data_cursor: int, *, skipped: Sequence[Sequence[int]] = (), heldout_loss: float | None = None
+    ) -> CheckpointInfo:
         """Returns the description that goes into a checkpoint."""
         batches = [list(batch) for batch in skipped]
-        return CheckpointInfo(step, data_cursor, self.flat_config, self.fingerprint, self.tokenizer, batches)
+        return CheckpointInfo(
+            step, data_cursor, self.flat_config, self.fingerprint, self.tokenizer, batches, heldout_loss=heldout_loss
+        )
 
 
 def make_identity(config: Config) -> Identity:

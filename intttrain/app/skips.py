@@ -108,7 +108,7 @@ class Skips:
         self, bad: BadStep, state: TrainState, in_a_row: int, total: int, checkpoints: Checkpoints, identity: Identity
     ) -> None:
         good = bad.step - 1
-        checkpoints.save(good, dict(state), identity.info(good, bad.cursor, self.batches), force=True)
+        checkpoints.save(good, dict(state), identity.info(good, bad.cursor, skipped=self.batches), force=True)
         checkpoints.wait()
         earlier = [cursor for step, cursor in self.batches if step == good]
         before = f"; skipped before it: batches at data cursor {', '.join(map(str, earlier))}" if earlier else ""

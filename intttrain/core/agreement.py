@@ -32,11 +32,18 @@ def on_first_process(action: Callable[[], None]) -> None:
 
 
 def _from_first(text: str) -> str:
+    return _text(np.asarray(multihost_utils.broadcast_one_to_all(_padded(text))))
+
+
+def _padded(text: str) -> np.ndarray:
     encoded = text.encode()[:_MESSAGE_BYTES]
     padded = np.zeros(_MESSAGE_BYTES, np.uint8)
     padded[: len(encoded)] = np.frombuffer(encoded, np.uint8)
-    received = np.asarray(multihost_utils.broadcast_one_to_all(padded))
-    return received.tobytes().rstrip(b"\0").decode(errors="replace")
+    return padded
+
+
+def _text(padded: np.ndarray) -> str:
+    return padded.tobytes().rstrip(b"\0").decode(errors="replace")
 
 
 def decided_by_first(flags_N: np.ndarray) -> np.ndarray:
@@ -49,3 +56,11 @@ def largest(value: int) -> int:
     if process_count() == 1:
         return value
     return int(np.max(multihost_utils.process_allgather(np.int32(value))))
+
+
+def first_message(message: str) -> str:
+    """Returns what the first process with a message says, ``""`` if none has one."""
+    if process_count() == 1:
+        return message
+    messages_PB = multihost_utils.process_allgather(_padded(message))
+    return next(filter(None, map(_text, messages_PB)), "")

@@ -214,6 +214,7 @@ class CheckpointConfig:
     every_steps: PositiveInt = 1000
     keep_last: PositiveInt = 3
     keep_every_steps: PositiveInt | None = None  # additionally keep multiples of this forever
+    keep_best: PositiveInt | None = None  # additionally keep so many with the lowest loss of eval.every_steps
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -404,6 +405,12 @@ def check_consistent(config: Config) -> None:
         raise UserError(
             f"eval.every_steps={config.eval.every_steps} needs data.heldout, which is None; name the held-out token "
             "store, or set eval.every_steps to None"
+        )
+    if config.train.checkpoint.keep_best is not None and config.eval.every_steps is None:
+        raise UserError(
+            f"train.checkpoint.keep_best={config.train.checkpoint.keep_best} needs eval.every_steps, which is None: "
+            f"nothing says which is best; use eval.every_steps={config.train.checkpoint.every_steps}, "
+            "or set train.checkpoint.keep_best to None"
         )
 
 

@@ -1,6 +1,6 @@
-"""Where the wall clock of a run goes, over all its starts: steps, compilation, data, checkpoints, and what was lost.
+"""Where the wall clock of a run goes, over all its starts: steps, compilation, reading, saving, and what was lost.
 
-    with goodput.spent_on("data"):
+    with goodput.spent_on("reading"):
         batch = next(batches)
 
 The first process measures and appends cumulative records to WORKDIR/goodput.jsonl. A run that is killed loses the time
@@ -21,8 +21,8 @@ from intttrain.core.errors import UserError
 from intttrain.core.progress import Clock, Number, human_duration
 
 GOODPUT_FILE = "goodput.jsonl"
-# What a process does, in the order of the report. Time that is given to nothing else belongs to steps.
-KINDS = ("step", "start", "compile", "data", "checkpoint", "evaluation")
+# What a process does. Time that is given to nothing else belongs to steps, "training".
+KINDS = ("training", "starting", "compiling", "reading", "saving", "evaluating")
 
 
 class Stopwatch:
@@ -30,7 +30,7 @@ class Stopwatch:
 
     def __init__(self, *, clock: Clock = time.monotonic) -> None:
         self._clock = clock
-        self._kind, self._since = "start", clock()
+        self._kind, self._since = "starting", clock()
         self._seconds = dict.fromkeys(KINDS, 0.0)
 
     @contextlib.contextmanager
@@ -63,7 +63,7 @@ class Goodput:
       starts: how often it was started.
       total_s: from its first start to its last record.
       seconds: by kind; besides ``KINDS`` there are ``lost``, steps that were made again after a start (not in
-        ``step``), and ``down``, when no process ran.
+        ``training``), and ``down``, when no process ran.
     """
 
     starts: int
@@ -72,15 +72,15 @@ class Goodput:
 
     @property
     def shares(self) -> dict[str, float]:
-        """Shares of the total, which add up to 1; ``step`` is the goodput."""
+        """Shares of the total, which add up to 1; ``training`` is the goodput."""
         return {kind: s / self.total_s if self.total_s else 0.0 for kind, s in self.seconds.items()}
 
     def line(self) -> str:
         """Returns one line for people."""
-        shares = {kind: share for kind, share in self.shares.items() if kind != "step" and share >= 0.0005}
+        shares = {kind: share for kind, share in self.shares.items() if kind != "training" and share >= 0.0005}
         rest = ", ".join(f"{kind} {share:.1%}" for kind, share in sorted(shares.items(), key=lambda item: -item[1]))
         starts = "1 start" if self.starts == 1 else f"{self.starts} starts"
-        return f"goodput {self.shares['step']:.1%} of {human_duration(self.total_s)} in {starts}" + (
+        return f"goodput {self.shares['training']:.1%} of {human_duration(self.total_s)} in {starts}" + (
             f"; {rest}" if rest else ""
         )
 
@@ -137,9 +137,9 @@ def summarise_goodput(path: Path) -> Goodput | None:
         for kind, value in last["seconds"].items():
             seconds[kind] += value
         if after is not None:
-            lost = last["seconds"]["step"] - _step_seconds(records, after[0]["step"])
+            lost = last["seconds"]["training"] - _step_seconds(records, after[0]["step"])
             seconds["lost"] += lost
-            seconds["step"] -= lost
+            seconds["training"] -= lost
             began = after[0]["time"] - sum(after[0]["seconds"].values())
             seconds["down"] += max(0.0, began - last["time"])
     return Goodput(len(starts), sum(seconds.values()), seconds)
@@ -150,11 +150,11 @@ def _step_seconds(records: Sequence[Mapping[str, Any]], step: int) -> float:
     before = records[0]
     for record in records:
         if record["step"] > step:
-            here, there = record["seconds"]["step"], before["seconds"]["step"]
+            here, there = record["seconds"]["training"], before["seconds"]["training"]
             share = max(0, step - before["step"]) / (record["step"] - before["step"])
             return float(there + share * (here - there))
         before = record
-    return float(before["seconds"]["step"])
+    return float(before["seconds"]["training"])
 
 
 def _is_cut_off(path: Path) -> bool:

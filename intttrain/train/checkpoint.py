@@ -12,67 +12,39 @@ every array is summed up on the device when it is saved and when it is restored,
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
-import dataclasses
-import gc
-import hashlib
-import importlib.metadata
+import itertools
 import json
-import logging
 import os
-import platform
-import sys
-import types
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from intttrain.core.agreement import decided_by_first, first_message, largest, on_first_process
+from intttrain.core.barrier import FailingBarrier
 from intttrain.core.config import CheckpointConfig
+from intttrain.core.distributed import process_count, process_index
 from intttrain.core.errors import UserError
 from intttrain.core.sharding import with_sharding
+from intttrain.train.checkpoint_errors import (
+    DamagedError,
+    is_damage,
+    one_line,
+    silence_orbax,
+    without_stray_warnings,
+)
+from intttrain.train.checkpoint_info import CheckpointInfo, from_document, to_document
 from intttrain.train.checksum import array_checksums
+from intttrain.train.retention import make_policy
 
 PyTree = Any
-FORMAT = 1  # raised when an older program could misread what this one writes
-
-_VERSIONED_PACKAGES = ("intttrain", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-
-
-def package_versions() -> dict[str, str]:
-    """Returns the versions of Python and of the installed packages that shape a run."""
-    versions = {"python": platform.python_version()}
-    for package in _VERSIONED_PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return versions
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointInfo:
-    """What a checkpoint says about itself beside its arrays; everything is JSON.
-
-    Attributes:
-      step: completed optimizer steps.
-      data_cursor: the next row of the data stream, in rows of the shortest stage.
-      config: the flat configuration (``core.config.flatten``) of the run.
-      fingerprint: of the prepared token store.
-      tokenizer: enough to tell, and to open again, the tokenizer of that store.
-      skipped: (step, data cursor) of every batch that was not learned from: it came after so many steps.
-      versions: of the packages that wrote the checkpoint.
-    """
-
-    step: int
-    data_cursor: int
-    config: Mapping[str, Any]
-    fingerprint: str
-    tokenizer: Mapping[str, Any]
-    skipped: Sequence[Sequence[int]] = ()
-    versions: Mapping[str, str] = dataclasses.field(default_factory=package_versions)
+AGREE_EVERY_STEPS = 10  # how often processes ask each other whether the save in the background goes well
 
 
 class Checkpoints:
@@ -84,39 +56,40 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path | str, config: CheckpointConfig, *, read_only: bool = False) -> None:
-        """Opens ``directory``; a writer creates it and removes unfinished saves of a killed run.
+        """Opens ``directory`` (local or gs://); a writer creates it and removes unfinished saves of a killed run.
 
         Raises:
           UserError: the directory cannot be created or read.
         """
-        _silence_orbax()
+        silence_orbax()
         path = epath.Path(directory)
         self._directory = path if path.is_absolute() else epath.Path(os.path.abspath(path))
         self._config = config
-        self._in_flight: int | None = None
+        self._in_flight: tuple[int, concurrent.futures.Future[None]] | None = None  # a step, and whether it is on disk
         self._own: set[int] = set()  # steps saved or restored through this object
-        self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+        self._losses: dict[int, float | None] = {}  # held-out losses of steps, where known
+        self._waiting = concurrent.futures.ThreadPoolExecutor(1, "wait_for_save")
+        self._reader = _make_reader()
         try:
             # Kept from before the first save: processes that list the directory later could see different steps.
-            self._found = frozenset(self.steps())
+            self._found = set(self.steps())
             self._manager = None if read_only else self._make_manager()
         except OSError as error:
             reason = error.strerror or str(error)
             raise UserError(f"cannot open the checkpoint directory {self._directory}: {reason}") from error
 
     def _make_manager(self) -> ocp.CheckpointManager:
-        policies = ocp.checkpoint_managers
-        keep = [policies.LatestN(self._config.keep_last)]
-        if self._config.keep_every_steps is not None:
-            keep.append(policies.EveryNSteps(self._config.keep_every_steps))
+        if self._config.keep_best is not None:
+            infos = {step: _info_of(self._directory / str(step)) for step in self._found}
+            self._losses.update((step, info.heldout_loss) for step, info in infos.items() if info is not None)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(keep),
+            preservation_policy=make_policy(self._config, self._losses),
             create=True,
             cleanup_tmp_directories=True,
             save_root_metadata=False,
             # Made in the background, a folder that cannot be made leaves threads waiting for it for many minutes,
             # which keep the process from ending.
-            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False, barrier_sync_fn=FailingBarrier()),
         )
         return ocp.CheckpointManager(self._directory, options=options)
 
@@ -156,16 +129,17 @@ class Checkpoints:
         self.require_newest(step - 1)
         self.wait()
         arrays = _named_leaves(state)
-        document = _to_document(info, _describe(arrays))
+        document = to_document(info, _describe(arrays))
         items: dict[str, ocp.args.CheckpointArgs] = {
             "params": ocp.args.StandardSave(state["params"]),
             "info": ocp.args.JsonSave(document),
         }
         if training := _without_params(arrays):
             items["training"] = ocp.args.StandardSave(training)
+        self._losses[step] = info.heldout_loss
         with self._reporting_failed_save(step):
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
-        self._in_flight = step
+        self._in_flight = step, self._waiting.submit(self._manager.wait_until_finished)
         self._own.add(step)
         return True
 
@@ -181,11 +155,26 @@ class Checkpoints:
                 f"delete {', '.join(str(self._directory / str(found)) for found in later)} or use another --workdir"
             )
 
+    def raise_failed_save(self, step: int) -> None:
+        """Raises as ``wait`` does once the save in the background has failed; waits for nothing else.
+
+        Several processes have to look together, and do so at multiples of ``AGREE_EVERY_STEPS`` only.
+        """
+        if self._in_flight is None or (process_count() > 1 and step % AGREE_EVERY_STEPS):
+            return
+        saving, on_disk = self._in_flight
+        failed = on_disk.done() and on_disk.exception() is not None
+        worst = largest(2 if failed else int(not on_disk.done()))
+        if worst != 1:
+            self.wait()
+        if worst == 2:
+            raise UserError(f"checkpoint step {saving} could not be written by another process; see its output")
+
     def wait(self) -> None:
         """Blocks until the save in progress is on disk. Raises ``UserError`` if it failed."""
         if self._manager is None or self._in_flight is None:
             return
-        step, self._in_flight = self._in_flight, None
+        (step, _), self._in_flight = self._in_flight, None
         with self._reporting_failed_save(step):
             self._manager.wait_until_finished()
 
@@ -199,6 +188,7 @@ class Checkpoints:
                 with contextlib.suppress(Exception):
                     self._manager.close()
                 self._manager = None
+            self._waiting.shutdown(wait=False)
 
     @contextlib.contextmanager
     def _reporting_failed_save(self, step: int) -> Iterator[None]:
@@ -212,7 +202,7 @@ class Checkpoints:
             last = self.latest_step()
             kept = "no step is on disk yet" if last is None else f"step {last} is complete and can be restored"
             raise UserError(
-                f"checkpoint step {step} could not be written to {self._directory}: {_reason(error)}; {kept}. "
+                f"checkpoint step {step} could not be written to {self._directory}: {one_line(error)}; {kept}. "
                 "Free space or fix the directory and start the same command again"
             ) from error
 
@@ -224,13 +214,71 @@ class Checkpoints:
         """Returns the steps on disk, increasing; unfinished saves do not count."""
         return sorted(ocp.utils.checkpoint_steps(self._directory)) if self._directory.is_dir() else []
 
-    def restore_latest(self, abstract_state: Mapping[str, PyTree]) -> tuple[dict[str, PyTree], CheckpointInfo]:
-        """Restores the newest step; see ``restore``. A damaged one is an error, never silently passed over."""
+    def restore_latest(
+        self, abstract_state: Callable[[int], Mapping[str, PyTree]], report: Callable[[str], None]
+    ) -> tuple[dict[str, PyTree], CheckpointInfo]:
+        """Restores the newest intact step; see ``restore``.
+
+        Newer ones that are damaged are moved aside, each with a line, once that one is read: what fails with every
+        step is more likely to lie elsewhere.
+
+        Args:
+          abstract_state: of a step.
+          report: receives a line for each damaged step.
+
+        Raises:
+          UserError: no step, no intact step, or whatever else ``restore`` raises but for damage.
+        """
         self.wait()
-        step = self.latest_step()
-        if step is None:
+        damaged: dict[int, str] = {}
+        while (step := self._next_older(min(damaged, default=None))) is not None:
+            try:
+                state, info = self.restore(step, abstract_state(step))
+            except DamagedError as error:
+                damaged[step] = error.reason
+                continue
+            self._move_aside(damaged, step, report)
+            return state, info
+        if not damaged:
             raise UserError(f"there is no checkpoint in {self._directory}; train first or correct --workdir")
-        return self.restore(step, abstract_state)
+        reasons = "; ".join(f"step {step}: {reason}" for step, reason in damaged.items())
+        raise UserError(
+            f"no checkpoint in {self._directory} is intact ({reasons}), and nothing was moved or deleted; "
+            "bring back a copy of one, or start again in another --workdir"
+        )
+
+    def _next_older(self, than: int | None) -> int | None:
+        """Returns the newest step before ``than``, as process 0 sees it."""
+        step = max((step for step in self.steps() if than is None or step < than), default=-1)
+        step = int(decided_by_first(np.array(step, np.int32)))
+        return None if step < 0 else step
+
+    def _move_aside(self, damaged: Mapping[int, str], used: int, report: Callable[[str], None]) -> None:
+        """Renames the folders of damaged steps, which may then be saved again."""
+        if not damaged:
+            return
+        moved = {step: _name_aside(self._directory / str(step)) for step in damaged}
+
+        def move() -> None:
+            for step, target in moved.items():
+                try:
+                    (self._directory / str(step)).rename(target)
+                except OSError as error:
+                    raise UserError(
+                        f"checkpoint step {step} in {self._directory} is damaged ({damaged[step]}) and cannot be "
+                        f"renamed to {target.name}: {one_line(error)}; step {used} is intact: delete "
+                        f"{self._directory / str(step)} and start the same command again"
+                    ) from error
+
+        on_first_process(move)
+        self._found -= damaged.keys()
+        if self._manager is not None:
+            self._manager.reload()
+        for step, reason in damaged.items():
+            report(
+                f"warning: checkpoint step {step} is damaged or incomplete ({reason}) and was renamed to "
+                f"{moved[step].name}; going on from step {used}"
+            )
 
     def restore(self, step: int, abstract_state: Mapping[str, PyTree]) -> tuple[dict[str, PyTree], CheckpointInfo]:
         """Returns the state, bit for bit as saved, and the info of ``step``.
@@ -241,44 +289,70 @@ class Checkpoints:
             the sharding that its abstract leaf carries, whatever it was saved with; without one, to one local device.
 
         Raises:
-          UserError: no such step; damaged or incomplete files; an array that is missing, left over or of another shape
-            or dtype.
+          DamagedError: files are missing, shortened or changed; on every process if on one.
+          UserError: no such step; no access; an array that is missing, left over or of another shape or dtype.
         """
-        info, table = self._read(step)
-        state = self._load(step, abstract_state, table)
+        result = self._restore(step, abstract_state, params_only=False)
         self._own.add(step)
-        return state, info
+        return result
 
     def restore_params(self, step: int, abstract_params: PyTree) -> PyTree:
         """Returns only the parameters of ``step``; the optimizer state is not read. Errors as in ``restore``."""
-        _, table = self._read(step)
-        params_table = {name: entry for name, entry in table.items() if name.startswith("params.")}
-        return self._load(step, {"params": abstract_params}, params_table)["params"]
+        return self._restore(step, {"params": abstract_params}, params_only=True)[0]["params"]
 
     def read_info(self, step: int) -> CheckpointInfo:
         """Returns the info of ``step`` without reading arrays. Raises ``UserError`` as ``restore`` does."""
+        self.wait()
         return self._read(step)[0]
 
-    def _read(self, step: int) -> tuple[CheckpointInfo, dict[str, dict[str, Any]]]:
+    def _restore(
+        self, step: int, abstract_state: Mapping[str, PyTree], *, params_only: bool
+    ) -> tuple[dict[str, PyTree], CheckpointInfo]:
+        """Every process reads its part by itself; then all agree, because summing up the arrays needs all of them."""
         self.wait()
+        wanted = _named_leaves(abstract_state)
+        failure: Exception | None = None
+        try:
+            info, table = self._read(step)
+            if params_only:
+                table = {name: entry for name, entry in table.items() if name.startswith("params.")}
+            arrays = self._load(step, abstract_state, wanted, table)
+        except Exception as error:  # of whatever kind: the others must not wait for this process
+            failure = error
+        self._agree(step, failure)
+        checksums = array_checksums(arrays)
+        changed = [name for name in wanted if checksums[name] != table[name]["checksum"]]
+        reason = f"{changed[0]} does not have the values that were saved" if changed else ""
+        self._agree(step, self._damaged(step, reason) if changed else None)
+        return jax.tree.unflatten(jax.tree.structure(dict(abstract_state)), [arrays[name] for name in wanted]), info
+
+    def _agree(self, step: int, failure: Exception | None) -> None:
+        """Raises on every process what went wrong on one of them; damage only if nothing else did."""
+        damage = failure.reason if isinstance(failure, DamagedError) else ""
+        error = "" if failure is None or damage else str(failure) or type(failure).__name__
+        if message := first_message(error):
+            raise failure if failure is not None and error else UserError(message)
+        if reason := first_message(damage):
+            raise self._damaged(step, reason) from failure
+
+    def _read(self, step: int) -> tuple[CheckpointInfo, dict[str, dict[str, Any]]]:
+        """Reads the document of a step; this process alone, as in ``_load``."""
         steps = self.steps()
         if step not in steps:
             choices = f"choose from {', '.join(map(str, steps))}" if steps else "the directory holds none"
             raise UserError(f"there is no checkpoint step {step} in {self._directory}; {choices}")
         try:
-            document = self._reader.restore(
-                self._directory / str(step), args=ocp.args.Composite(info=ocp.args.JsonRestore())
-            ).info
-            return _from_document(document)
+            return _read_document(self._directory / str(step))
         except UserError:
             raise
         except Exception as error:
-            raise self._damaged(step, f"info: {_reason(error)}") from error
+            raise self._unreadable(step, error, "info: ") from error
 
     def _load(
-        self, step: int, abstract_state: Mapping[str, PyTree], table: Mapping[str, Mapping[str, Any]]
-    ) -> dict[str, PyTree]:
-        wanted = _named_leaves(abstract_state)
+        self, step: int, abstract_state: Mapping[str, PyTree], wanted: Mapping[str, Any],
+        table: Mapping[str, Mapping[str, Any]],
+    ) -> dict[str, jax.Array]:  # fmt: skip
+        """Returns the arrays of a step by dotted name, not yet checked against their checksums."""
         if difference := _first_difference(wanted, table):
             raise UserError(
                 f"checkpoint step {step} in {self._directory} does not fit this configuration: {difference}; "
@@ -292,61 +366,61 @@ class Checkpoints:
         if training := _without_params(targets):
             items["training"] = ocp.args.StandardRestore(training)
         try:
-            with _without_stray_warnings():
+            with without_stray_warnings():
                 restored = self._reader.restore(self._directory / str(step), args=ocp.args.Composite(**items))
         except jax.errors.JaxRuntimeError:
             raise  # the device's fault (out of memory), not the checkpoint's
         except Exception as error:
-            raise self._damaged(step, _reason(error)) from error
-        arrays = _named_leaves({"params": restored.params}) | (dict(restored.training) if training else {})
-        for name, checksum in array_checksums(arrays).items():
-            if checksum != table[name]["checksum"]:
-                raise self._damaged(step, f"{name} does not have the values that were saved")
-        return jax.tree.unflatten(jax.tree.structure(dict(abstract_state)), [arrays[name] for name in wanted])
+            raise self._unreadable(step, error) from error
+        return _named_leaves({"params": restored.params}) | (dict(restored.training) if training else {})
 
-    def _damaged(self, step: int, reason: str) -> UserError:
-        folder = self._directory / str(step)
-        earlier = [other for other in self.steps() if other < step and _looks_complete(self._directory / str(other))]
-        if earlier:
-            advice = f"step {earlier[-1]} is complete: use --step={earlier[-1]}, or delete {folder} to go on from there"
-        else:
-            advice = f"no complete step comes before it: bring back a copy, or delete {folder} to start again"
-        return UserError(f"checkpoint step {step} in {self._directory} is damaged or incomplete ({reason}); {advice}")
-
-
-# --- the JSON document -------------------------------------------------------------------------------------------
-
-
-def _to_document(info: CheckpointInfo, table: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    document = {"format": FORMAT, "info": dataclasses.asdict(info), "arrays": table}
-    plain: dict[str, Any] = json.loads(json.dumps(document, allow_nan=False))
-    return plain | {"digest": _digest(plain)}
-
-
-def _from_document(document: Any) -> tuple[CheckpointInfo, dict[str, dict[str, Any]]]:
-    """Raises ``ValueError``, ``KeyError`` or ``TypeError`` for a damaged document, ``UserError`` for a newer one."""
-    content = {key: value for key, value in document.items() if key != "digest"}
-    if document["digest"] != _digest(content):
-        raise ValueError("its contents do not match its digest")
-    if document["format"] > FORMAT:
-        raise UserError(
-            f"the checkpoint has format {document['format']}, this version of intttrain reads up to {FORMAT}; "
-            f"use intttrain {content['info']['versions'].get('intttrain', 'of the run that wrote it')}"
+    def _unreadable(self, step: int, error: Exception, part: str = "") -> UserError:
+        """Returns what to raise for an error while reading: damage, or something that may pass."""
+        if is_damage(error):
+            where = f", seen by process {process_index()}" if process_count() > 1 else ""
+            return self._damaged(step, f"{part}{one_line(error)}{where}")
+        return UserError(
+            f"checkpoint step {step} in {self._directory} cannot be read: {part}{one_line(error)}; it may be "
+            "intact and was left as it is. Mend the access to it and start the same command again"
         )
-    return CheckpointInfo(**document["info"]), document["arrays"]
+
+    def _looks_complete(self, step: int) -> bool:
+        folder = self._directory / str(step)
+        return _info_of(folder) is not None and (folder / "params").exists()
+
+    def _damaged(self, step: int, reason: str) -> DamagedError:
+        earlier = [other for other in self.steps() if other < step and self._looks_complete(other)]
+        if earlier:
+            advice = f"step {earlier[-1]} is complete: use --step={earlier[-1]}, or intttrain train goes on from there"
+        else:
+            advice = "no complete step comes before it: bring back a copy, or train again in another --workdir"
+        where = f"checkpoint step {step} in {self._directory}"
+        return DamagedError(f"{where} is damaged or incomplete ({reason}); {advice}", reason)
 
 
-def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def _make_reader() -> ocp.Checkpointer:
+    """Returns a reader that waits for no other process: one that fails would leave the others waiting."""
+    alone = ocp.options.MultiprocessingOptions(primary_host=None, active_processes={process_index()})
+    handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(multiprocessing_options=alone))
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
-def _looks_complete(folder: epath.Path) -> bool:
-    """Returns whether the info is intact and the parameters are there, from this process alone (no barriers)."""
+def _name_aside(folder: epath.Path) -> epath.Path:
+    """Returns a free name beside ``folder`` that is nobody's name of a step."""
+    names = itertools.chain([f"{folder.name}.damaged"], (f"{folder.name}.damaged-{n}" for n in itertools.count(2)))
+    return next(path for name in names if not (path := folder.parent / name).exists())
+
+
+def _read_document(folder: epath.Path) -> tuple[CheckpointInfo, dict[str, dict[str, Any]]]:
+    return from_document(json.loads((folder / "info" / "metadata").read_text()))
+
+
+def _info_of(folder: epath.Path) -> CheckpointInfo | None:
+    """Returns the info of a step if it is intact."""
     try:
-        _from_document(json.loads((folder / "info" / "metadata").read_text()))
+        return _read_document(folder)[0]
     except (OSError, UserError, ValueError, KeyError, TypeError, AttributeError):
-        return False
-    return (folder / "params").exists()
+        return None
 
 
 # --- arrays ------------------------------------------------------------------------------------------------------
@@ -386,58 +460,3 @@ def _describe(arrays: Mapping[str, jax.Array]) -> dict[str, dict[str, Any]]:
         name: {"shape": list(array.shape), "dtype": str(array.dtype), "checksum": checksums[name]}
         for name, array in arrays.items()
     }
-
-
-# --- keeping errors readable -------------------------------------------------------------------------------------
-
-
-def _reason(error: BaseException) -> str:
-    """Returns one line of bounded length; TensorStore and Orbax put the actual cause last and innermost."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return line if len(line) <= 200 else "..." + line[-200:]
-
-
-def _silence_orbax() -> None:
-    """Keeps Orbax from printing stack traces of failures that this module raises as one line.
-
-    It logs every failed operation up to four times with its trace, and the reads that were under way when the first
-    one failed complain, from their own threads, that nobody waits for them any more.
-    """
-    for logger in (logging.getLogger("absl"), logging.getLogger("asyncio")):
-        if _is_not_from_orbax not in logger.filters:
-            logger.addFilter(_is_not_from_orbax)
-    if not isinstance(sys.unraisablehook, _UnraisableFilter):
-        sys.unraisablehook = _UnraisableFilter(sys.unraisablehook)
-
-
-def _is_not_from_orbax(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.CRITICAL or not (
-        f"{os.sep}orbax{os.sep}" in record.pathname or "orbax" in record.getMessage()
-    )
-
-
-class _UnraisableFilter:
-    """Passes on what Python cannot raise, except the aftermath of a failed Orbax read."""
-
-    def __init__(self, previous: Any) -> None:
-        self._previous = previous
-
-    def __call__(self, unraisable: Any) -> None:
-        abandoned_read = str(unraisable.exc_value) == "Event loop is closed"
-        code = unraisable.object.cr_code if isinstance(unraisable.object, types.CoroutineType) else None
-        if not abandoned_read and not (code and f"{os.sep}orbax{os.sep}" in code.co_filename):
-            self._previous(unraisable)
-
-
-@contextlib.contextmanager
-def _without_stray_warnings() -> Iterator[None]:
-    """A failed Orbax read leaves coroutines that were never awaited; they are collected here, unseen."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
-        try:
-            yield
-        except Exception:
-            gc.collect()
-            raise

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.app.small import BATCH_ROWS, CONFIG_TEXT, NUM_STEPS, World, done
-
-WORDS = ["def", "return", "value", "for", "in", "if", "else", "line", "text", "path", "token", "layer", "state"]
+from tests.app.small import World, done, make_world
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    root = tmp_path_factory.mktemp("world")
-    (root / "corpus").mkdir()
-    choose = random.Random(0)
-    for number in range(40):
-        text = " ".join(choose.choice(WORDS) for _ in range(30 + number % 7 * 5))
-        (root / "corpus" / f"{number:02}.txt").write_text(text)
-    text = CONFIG_TEXT.format(root=str(root), num_steps=NUM_STEPS, batch_rows=BATCH_ROWS)
-    (root / "small.py").write_text(text)
-    world = World(root)
-    done("prepare", world.config, f"--output={root / 'data'}")
-    return world
+    return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import random
 import sys
 import warnings
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from intttrain.train import Checkpoints, abstract_state
 REPO = Path(__file__).resolve().parents[2]
 NUM_STEPS = 10
 BATCH_ROWS = 2
+WORDS = ["def", "return", "value", "for", "in", "if", "else", "line", "text", "path", "token", "layer", "state"]
 TIMING = ("tokens_per_second", "eta_seconds", "peak_memory_gib")  # the only metrics that two equal runs do not share
 
 CONFIG_TEXT = '''"""Everything at its smallest."""
@@ -76,6 +78,19 @@ class World:
     @property
     def dense_config(self) -> str:
         return f"{self.config}:dense"
+
+
+def make_world(root: Path) -> World:
+    """Writes corpus, configuration and stores into an empty folder."""
+    (root / "corpus").mkdir()
+    choose = random.Random(0)
+    for number in range(40):
+        text = " ".join(choose.choice(WORDS) for _ in range(30 + number % 7 * 5))
+        (root / "corpus" / f"{number:02}.txt").write_text(text)
+    (root / "small.py").write_text(CONFIG_TEXT.format(root=str(root), num_steps=NUM_STEPS, batch_rows=BATCH_ROWS))
+    world = World(root)
+    done("prepare", world.config, f"--output={root / 'data'}")
+    return world
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +168,12 @@ def saved(workdir: Path, step: int) -> dict[str, Any]:
     arrays = {jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf) for path, leaf in leaves}
     assert {"step", "rng", "healthy"} < set(arrays) and any(".mu." in name for name in arrays), "not a whole state"
     return arrays | {"data_cursor": np.asarray(info.data_cursor)}
+
+
+def checksums(workdir: Path, step: int) -> dict[str, int]:
+    """Returns the checksum of every array of a checkpoint, as it was saved."""
+    document = json.loads((workdir / "checkpoints" / str(step) / "info" / "metadata").read_text())
+    return {name: entry["checksum"] for name, entry in document["arrays"].items()}
 
 
 def assert_same_state(workdir: Path, other: Path, step: int) -> None:

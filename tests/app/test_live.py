@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from intttrain.app import loop
+from intttrain.core.config import CheckpointConfig
 from intttrain.core.metrics import METRICS_FILE, read_metrics
 from intttrain.core.progress import StepTimer
 from intttrain.data import Batch
+from intttrain.train import Checkpoints
 from tests.app.small import BATCH_ROWS, NUM_STEPS, World, assert_same_state, cli, done, error_line, metrics
 
 EVERY = "--config.eval.every_steps=3"
@@ -89,6 +91,13 @@ def test_the_numbers_are_those_of_eval(evaluated: tuple[Path, list[str]], world:
             assert record[f"eval/off{name}"] == values["off"]["value"]
             assert record[f"eval/on-off{name}"] == values["on - off"]["value"]
     assert record["eval/on-off/0-15"] == 0 != record["eval/on-off/32-63"], "the first chunk reads what training left"
+
+
+def test_a_checkpoint_of_an_evaluated_step_holds_the_loss(evaluated: tuple[Path, list[str]]) -> None:
+    wanted = {record["step"]: record["eval/on"] for record in split(evaluated[0])[1]}
+    with Checkpoints(evaluated[0] / "checkpoints", CheckpointConfig(), read_only=True) as checkpoints:
+        found = {step: checkpoints.read_info(step).heldout_loss for step in checkpoints.steps()}
+    assert found == {6: wanted[6], 8: None, NUM_STEPS: wanted[NUM_STEPS]}
 
 
 def test_its_time_is_not_that_of_training(evaluated: tuple[Path, list[str]]) -> None:

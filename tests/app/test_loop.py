@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from intttrain.app import loop
+from intttrain.app import loop, step_log
 from intttrain.core.config import CheckpointConfig, Config
 from intttrain.core.metrics import METRICS_FILE, read_metrics
 from intttrain.data import Batch
@@ -398,19 +398,26 @@ def largest_file(folder: Path) -> Path:
     return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
 
 
-def test_damaged_newest_checkpoint_is_refused_and_names_the_one_before(world: World, copy_of: CopyOf) -> None:
+def test_a_damaged_newest_checkpoint_is_refused_where_it_is_asked_for_and_left_behind_in_training(
+    world: World, straight: Path, copy_of: CopyOf
+) -> None:
     workdir = copy_of(4, 8)
     file = largest_file(workdir / "checkpoints" / "8" / "params")
     os.truncate(file, file.stat().st_size // 2)
-    commands: Iterable[tuple[str, ...]] = (("train", world.config), ("generate", "--prompt=a", "--max_new_tokens=2"))
+    generate = ("generate", "--prompt=a", "--max_new_tokens=2", f"--workdir={workdir}")
     with unchanged(workdir):
-        for command in commands:
-            line = error_line(cli(*command, f"--workdir={workdir}"))
-            assert "checkpoint step 8" in line and "damaged or incomplete" in line
-            assert "step 4 is complete: use --step=4, or delete " in line
-        done("generate", "--prompt=a", "--max_new_tokens=2", f"--workdir={workdir}", "--step=4")
-    shutil.rmtree(workdir / "checkpoints" / "8")
-    assert "resumed at step 4" in done("train", world.config, f"--workdir={workdir}", "--stop_at_step=4").err
+        line = error_line(cli(*generate))
+        assert "checkpoint step 8" in line and "damaged or incomplete" in line
+        assert "step 4 is complete: use --step=4, or intttrain train goes on from there" in line
+        done(*generate, "--step=4")
+    outcome = done("train", world.config, f"--workdir={workdir}")
+    (line,) = (line for line in outcome.err.splitlines() if line.startswith("warning:"))
+    assert "checkpoint step 8 is damaged or incomplete (" in line
+    assert line.endswith("and was renamed to 8.damaged; going on from step 4")
+    assert "resumed at step 4 of 10" in outcome.err
+    assert_same_run(workdir, straight)
+    assert_same_state(workdir, straight, 8)
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["10", "4", "8", "8.damaged"]
 
 
 # --- what is written -----------------------------------------------------------------------------------------------
@@ -434,7 +441,9 @@ def test_metrics_of_every_step(straight: Path, dense: Path) -> None:
 
 def test_a_state_that_outgrows_its_weight_is_reported_once(wild: tuple[Path, str]) -> None:
     workdir, err = wild
-    large = [record for record in read_metrics(workdir / METRICS_FILE) if record["ttt/state_0"] > loop.STATE_WARNING]
+    large = [
+        record for record in read_metrics(workdir / METRICS_FILE) if record["ttt/state_0"] > step_log.STATE_WARNING
+    ]
     assert len(large) > 1, "no second step that could have warned again"
     warnings = [line for line in err.splitlines() if line.startswith("warning:")]
     assert len(warnings) == 1

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.app.small import World
+from tests.app.small import World, checksums, done, steps
 
 REPO = Path(__file__).resolve().parents[2]
 TIMING = ("tokens_per_second", "eta_seconds", "time")
@@ -26,7 +26,7 @@ EVALUATE = "--config.eval.every_steps=4"  # at the end, in another stage where t
 
 def launch(
     world: World, processes: int, devices: int, workdir: Path, *flags: str, program: str = "intttrain",
-    stages: Sequence[dict[str, Any]] = (),
+    stages: Sequence[dict[str, Any]] = (), status: int = 0,
 ) -> str:  # fmt: skip
     text = (world.root / "small.py").read_text()
     end = "    return config"
@@ -40,9 +40,9 @@ def launch(
     }
     command = [str(REPO / "launch" / "local.sh"), str(processes), str(devices), sys.executable, "-m", *program.split()]
     command += ["train", f"--config={config}", f"--workdir={workdir}", *FLAGS, *flags]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
-    return done.stdout
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert ended.returncode == status, ended.stdout[-3000:] + ended.stderr
+    return ended.stdout
 
 
 def losses(workdir: Path) -> dict[int, tuple[float, float]]:
@@ -53,12 +53,6 @@ def losses(workdir: Path) -> dict[int, tuple[float, float]]:
 def evaluations(workdir: Path) -> dict[int, tuple[float, float]]:
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return {record["step"]: (record["eval/on"], record["eval/off"]) for record in records if "eval/on" in record}
-
-
-def arrays(workdir: Path, step: int) -> dict[str, int]:
-    """The checksum of every array of a checkpoint."""
-    document = json.loads((workdir / "checkpoints" / str(step) / "info" / "metadata").read_text())
-    return {name: entry["checksum"] for name, entry in document["arrays"].items()}
 
 
 def test_four_processes_train_as_one_and_each_goes_on_from_the_other(world: World, tmp_path: Path) -> None:
@@ -98,4 +92,25 @@ def test_four_processes_train_as_one_and_each_goes_on_from_the_other(world: Worl
     np.testing.assert_allclose(evaluations(four)[4], evaluations(one)[4], rtol=2e-5)
     # What was resumed is what was saved, to the bit, and the other layout left it as it was.
     for first, resumed in ((one, one_four), (four, four_one)):
-        assert arrays(first, 2) == arrays(resumed, 2)
+        assert checksums(first, 2) == checksums(resumed, 2)
+
+
+def test_one_terminated_process_saves_on_all_and_other_devices_go_on(world: World, tmp_path: Path) -> None:
+    """Two processes with a device each, then eight devices that also cut rows, then one: as one device throughout."""
+    alone, moved = tmp_path / "alone", tmp_path / "moved"
+
+    def mesh(**sizes: int) -> list[str]:
+        sizes = {"data": 1, "fsdp": 1, "context": 1, "tensor": 1} | sizes
+        return [f"--config.mesh.{axis}={size}" for axis, size in sizes.items()]
+
+    output = launch(world, 2, 1, moved, *mesh(fsdp=2), program="tests.app.terminated 1", status=143)
+    assert "stopped at step 2 of 4" in output and steps(moved) == [2]
+    split = launch(world, 1, 8, moved, *mesh(fsdp=2, context=4), "--stop_at_step=3")
+    assert "resumed at step 2 of 4" in split
+    here = ("train", world.config, *FLAGS, *mesh())
+    assert "resumed at step 3 of 4" in done(*here, f"--workdir={moved}").err
+    done(*here, f"--workdir={alone}")
+    found, wanted = losses(moved), losses(alone)
+    assert sorted(found) == sorted(wanted) == [1, 2, 3, 4]
+    for step, values in wanted.items():
+        np.testing.assert_allclose(found[step], values, rtol=2e-5, err_msg=f"step {step}")

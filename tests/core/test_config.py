@@ -204,9 +204,16 @@ def test_unknown_key_is_named_with_its_path_and_the_closest_name(changes, dotted
     assert refusal(**changes) == f"unknown key {dotted}; did you mean {suggestion!r}?"
 
 
+def test_the_best_checkpoint_needs_an_evaluation():
+    message = refusal(train__checkpoint__keep_best=2)
+    assert message.startswith("train.checkpoint.keep_best=2 needs eval.every_steps, which is None")
+
+
 def test_unknown_key_far_from_every_name_lists_the_choices():
     message = refusal(train__checkpoint__zzz=1)
-    assert message == "unknown key train.checkpoint.zzz; choose from every_steps, keep_every_steps, keep_last"
+    assert (
+        message == "unknown key train.checkpoint.zzz; choose from every_steps, keep_best, keep_every_steps, keep_last"
+    )
 
 
 @pytest.mark.parametrize("name", ["text", "seqio", "yarn", "llama3", "tfds"])

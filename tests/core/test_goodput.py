@@ -35,16 +35,16 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def test_inner_kinds_take_the_time_of_outer_ones(clock: Clock) -> None:
     stopwatch = Stopwatch(clock=clock)
     clock.now += 2
-    stopwatch.switch("step")
+    stopwatch.switch("training")
     clock.now += 10
-    with stopwatch.spent_on("checkpoint"):
+    with stopwatch.spent_on("saving"):
         clock.now += 3
-        with pytest.raises(OSError), stopwatch.spent_on("data"):
+        with pytest.raises(OSError), stopwatch.spent_on("reading"):
             clock.now += 4
             raise OSError
         clock.now += 1
     clock.now += 5
-    wanted = {"start": 2, "step": 15, "checkpoint": 4, "data": 4, "compile": 0, "evaluation": 0}
+    wanted = {"starting": 2, "training": 15, "saving": 4, "reading": 4, "compiling": 0, "evaluating": 0}
     assert stopwatch.seconds() == wanted == stopwatch.seconds()
 
 
@@ -53,7 +53,7 @@ def start(path: Path, clock: Clock, step: int, *, start_s: float, steps: int, se
     stopwatch = Stopwatch(clock=clock)
     clock.now += start_s
     log = GoodputWriter(path, stopwatch, step)
-    stopwatch.switch("step")
+    stopwatch.switch("training")
     for number in range(step + 1, step + steps + 1):
         clock.now += seconds_per_step
         if number % 2 == 0:
@@ -72,10 +72,18 @@ def test_a_run_that_was_killed_twice(tmp_path: Path, clock: Clock) -> None:
     start(path, clock, 6, start_s=30, steps=2, seconds_per_step=10)
     found = summarise_goodput(path)
     assert found is not None and found.starts == 3 and found.total_s == pytest.approx(clock.now - 1000)
-    wanted = {"step": 25 + 5 + 20, "start": 60, "lost": 15, "down": 140, "compile": 0, "data": 0, "checkpoint": 0}
+    wanted = {
+        "training": 25 + 5 + 20,
+        "starting": 60,
+        "lost": 15,
+        "down": 140,
+        "compiling": 0,
+        "reading": 0,
+        "saving": 0,
+    }
     assert {kind: found.seconds[kind] for kind in wanted} == pytest.approx(wanted)
     assert sum(found.shares.values()) == pytest.approx(1)
-    assert found.line() == "goodput 18.9% of 4m25s in 3 starts; down 52.8%, start 22.6%, lost 5.7%"
+    assert found.line() == "goodput 18.9% of 4m25s in 3 starts; down 52.8%, starting 22.6%, lost 5.7%"
     assert [json.loads(line)["start"] for line in path.read_text().splitlines() if line.endswith("}")][-1] == 3
 
 
@@ -85,4 +93,4 @@ def test_records_of_another_kind_are_passed_over(tmp_path: Path, clock: Clock) -
     path.write_text("".join(json.dumps(line) + "\n" for line in content))
     start(path, clock, 0, start_s=1, steps=2, seconds_per_step=2)
     found = summarise_goodput(path)
-    assert found is not None and found.line() == "goodput 80.0% of 5.0s in 1 start; start 20.0%"
+    assert found is not None and found.line() == "goodput 80.0% of 5.0s in 1 start; starting 20.0%"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from tests.train.checkpoint_cases import (
     folders,
     make_info,
     make_state,
+    restore_newest,
     run_python,
     save_steps,
 )
@@ -35,7 +37,7 @@ def test_round_trip_is_bit_exact_in_every_dtype(tmp_path):
     with Checkpoints(tmp_path, KEEP_ALL) as checkpoints:
         checkpoints.save(3, state, make_info(3))
     with Checkpoints(tmp_path, KEEP_ALL, read_only=True) as checkpoints:
-        restored, info = checkpoints.restore_latest(abstract(state))
+        restored, info = restore_newest(checkpoints, abstract(state))
     assert_same_bits(restored, state)
     assert info == make_info(3) and info.versions["jax"] == jax.__version__
 
@@ -60,7 +62,7 @@ def test_restored_optimizer_goes_on_exactly(tmp_path):
     state = {"params": params, "opt_state": opt_state}
     with Checkpoints(tmp_path, KEEP_ALL) as checkpoints:
         checkpoints.save(1, state, make_info(1))
-        restored, _ = checkpoints.restore_latest(jax.eval_shape(lambda: state))
+        restored, _ = restore_newest(checkpoints, jax.eval_shape(lambda: state))
     with jax.numpy_dtype_promotion("standard"):
         before, after = (optimizer.update(params, s["opt_state"], params) for s in (state, restored))
     assert_same_bits(after, before)
@@ -102,6 +104,52 @@ def test_restore_reshards_to_the_abstract_sharding(tmp_path):
     assert result.stdout.strip() == "resharded" and result.stderr == "", result.stderr
 
 
+def test_a_training_state_goes_from_one_mesh_to_another_and_back(tmp_path):
+    result = run_python(
+        """
+        import sys
+        import jax, numpy as np
+        from intttrain.core.config import CheckpointConfig, default_config, resolve
+        from intttrain.train import CheckpointInfo, Checkpoints, make_program
+
+        def abstract_state(**mesh):
+            config = default_config()
+            config.model.num_layers, config.model.d_model, config.model.d_ff, config.model.head_dim = 1, 32, 64, 8
+            config.mesh.update(mesh)
+            return make_program(resolve(config)).state
+
+        def bits(leaf):
+            return np.asarray(leaf).tobytes()
+
+        rng = np.random.default_rng(0)
+        meshes = {"fsdp": {"fsdp": 8}, "split": {"fsdp": 2, "context": 4}, "tensor": {"fsdp": 4, "tensor": 2}}
+        states = {name: abstract_state(**mesh) for name, mesh in meshes.items()}
+        state = jax.tree.map(
+            lambda leaf: jax.device_put(np.frombuffer(rng.bytes(leaf.size * leaf.dtype.itemsize), np.uint8).view(
+                np.uint8 if leaf.dtype == bool else leaf.dtype).reshape(leaf.shape).astype(leaf.dtype), leaf.sharding),
+            states["fsdp"],
+        )
+        expected = [bits(leaf) for leaf in jax.tree.leaves(state)]
+        cut = set()
+        with Checkpoints(sys.argv[1], CheckpointConfig(keep_last=9)) as checkpoints:
+            for step, name in enumerate(("split", "tensor", "fsdp"), start=1):
+                assert checkpoints.save(step, dict(state), CheckpointInfo(step, 0, {}, "f", {}), force=True)
+                checkpoints.wait()
+                state, _ = checkpoints.restore(step, dict(states[name]))
+                for leaf, wanted, value in zip(
+                    jax.tree.leaves(state), jax.tree.leaves(dict(states[name])), expected, strict=True
+                ):
+                    assert leaf.sharding == wanted.sharding and bits(leaf) == value
+                cut.add(state["params"]["embed"]["weight"].sharding.shard_shape((320, 32)))
+        assert len(cut) == 2, cut  # context cuts parameters as fsdp does
+        print("the same")
+        """,
+        tmp_path,
+        devices=8,
+    )
+    assert result.stdout.strip() == "the same" and result.stderr == "", result.stderr
+
+
 def test_params_alone_do_not_touch_the_optimizer_state(tmp_path):
     save_steps(tmp_path, 2)
     shutil.rmtree(tmp_path / "2" / "training")
@@ -116,10 +164,10 @@ def test_a_checkpoint_of_params_only(tmp_path):
     params = {"params": make_state(1)["params"]}
     with Checkpoints(tmp_path, KEEP_ALL) as checkpoints:
         checkpoints.save(1, params, make_info(1))
-        restored, _ = checkpoints.restore_latest(abstract(params))
+        restored, _ = restore_newest(checkpoints, abstract(params))
         assert_same_bits(restored, params)
         with pytest.raises(UserError, match=r"healthy is missing in the checkpoint and .* in the model"):
-            checkpoints.restore_latest(abstract(make_state(1)))
+            restore_newest(checkpoints, abstract(make_state(1)))
 
 
 def test_read_info_needs_no_arrays(tmp_path):
@@ -139,6 +187,30 @@ def test_retention_keeps_the_last_and_multiples_forever(tmp_path):
         for step in (5, 6, 7, 8):
             checkpoints.save(step, make_state(step), make_info(step))
     assert folders(tmp_path) == ["3", "6", "7", "8"]
+
+
+def test_retention_keeps_the_best_across_restarts(tmp_path):
+    config = CheckpointConfig(every_steps=1, keep_last=1, keep_best=2)
+    losses: dict[int, float | None] = {1: 3.0, 2: 1.5, 3: None, 4: 2.5, 5: 1.5, 6: 9.0, 7: None}
+    left = {}
+    for steps in ((1, 2, 3), (4, 5), (6, 7)):
+        with Checkpoints(tmp_path, config) as checkpoints:
+            for step in steps:
+                info = dataclasses.replace(make_info(step), heldout_loss=losses[step])
+                checkpoints.save(step, make_state(step), info)
+        left[steps[-1]] = folders(tmp_path)
+    assert left == {3: ["1", "2", "3"], 5: ["2", "5"], 7: ["2", "5", "7"]}
+
+
+def test_a_damaged_step_is_not_among_the_best(tmp_path):
+    config = CheckpointConfig(every_steps=1, keep_last=1, keep_best=1)
+    with Checkpoints(tmp_path, config) as checkpoints:
+        for step, loss in ((1, 1.0), (2, 2.0)):
+            checkpoints.save(step, make_state(step), dataclasses.replace(make_info(step), heldout_loss=loss))
+    (tmp_path / "1" / "info" / "metadata").write_text("{")
+    with Checkpoints(tmp_path, config) as checkpoints:
+        checkpoints.save(3, make_state(3), dataclasses.replace(make_info(3), heldout_loss=3.0))
+    assert folders(tmp_path) == ["2", "3"]
 
 
 def test_saves_on_multiples_or_when_forced_and_never_twice(tmp_path):
@@ -173,7 +245,7 @@ def test_reading_leaves_no_trace(tmp_path):
     with Checkpoints(tmp_path / "none", KEEP_ALL, read_only=True) as checkpoints:
         assert checkpoints.latest_step() is None
         with pytest.raises(UserError, match="there is no checkpoint in .*none; train first"):
-            checkpoints.restore_latest(abstract(make_state(1)))
+            restore_newest(checkpoints, abstract(make_state(1)))
         with pytest.raises(ValueError, match="read-only"):
             checkpoints.save(1, make_state(1), make_info(1))
     assert not (tmp_path / "none").exists()

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
+import sys
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +18,8 @@ import pytest
 
 from intttrain.core.errors import UserError
 from intttrain.train.checkpoint import Checkpoints
+from intttrain.train.checkpoint_errors import DamagedError, is_damage
+from tests.app.small import contents, unchanged
 from tests.train.checkpoint_cases import (
     KEEP_ALL,
     abstract,
@@ -19,6 +27,7 @@ from tests.train.checkpoint_cases import (
     folders,
     make_info,
     make_state,
+    restore_newest,
     run_python,
     save_steps,
 )
@@ -59,34 +68,132 @@ def remove_everything(folder: Path) -> None:
     folder.mkdir()
 
 
-@pytest.mark.parametrize(
-    "damage", [delete_largest, truncate_largest, flip_one_bit, edit_info, truncate_info, remove_everything]
-)
-def test_a_damaged_newest_step_is_one_clear_line(tmp_path, damage, capfd):
-    # Large and random enough that the bit flipped in the middle of the file belongs to an array.
-    for step in (1, 2):
-        save_wide(tmp_path, step)
+DAMAGE = [delete_largest, truncate_largest, flip_one_bit, edit_info, truncate_info, remove_everything]
+
+
+def save_wide(directory: Path, *steps: int) -> None:
+    """Large and random enough that the bit flipped in the middle of a file belongs to an array."""
+    with Checkpoints(directory, KEEP_ALL) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, make_state(step, width=400), make_info(step))
+
+
+def wide(step: int) -> dict[str, Any]:
+    return abstract(make_state(step, width=400))
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_training_goes_on_from_the_step_before_a_damaged_one(tmp_path, damage, capfd):
+    save_wide(tmp_path, 1, 2)
     before = (tmp_path / "2" / "info" / "metadata").read_bytes()
     damage(tmp_path / "2")
     assert damage is not edit_info or (tmp_path / "2" / "info" / "metadata").read_bytes() != before
+    left = contents(tmp_path / "2")
+    lines: list[str] = []
     capfd.readouterr()
     with Checkpoints(tmp_path, KEEP_ALL) as checkpoints:
         assert checkpoints.latest_step() == 2
-        with pytest.raises(UserError) as caught:
-            checkpoints.restore_latest(abstract(make_state(2, width=400)))
-        message = str(caught.value)
-        assert "checkpoint step 2 in" in message and "damaged or incomplete" in message
-        assert f"use --step=1, or delete {tmp_path / '2'} to go on from there" in message
-        assert "\n" not in message
-        print(message)
-        restored, _ = checkpoints.restore(1, abstract(make_state(1, width=400)))
+        with pytest.raises(DamagedError) as caught:  # whoever asks for this very step gets no other
+            checkpoints.restore(2, wide(2))
+        restored, info = checkpoints.restore_latest(wide, lines.append)
+        assert (checkpoints.steps(), info.step) == ([1], 1)
+        assert checkpoints.save(2, make_state(2, width=400), make_info(2))
     assert_same_bits(restored, make_state(1, width=400))
+    assert "checkpoint step 2 in" in str(caught.value) and "\n" not in str(caught.value)
+    assert "step 1 is complete: use --step=1, or intttrain train goes on from there" in str(caught.value)
+    (line,) = lines
+    assert line.startswith("warning: checkpoint step 2 is damaged or incomplete (")
+    assert line.endswith(") and was renamed to 2.damaged; going on from step 1")
+    assert folders(tmp_path) == ["1", "2", "2.damaged"]
+    assert contents(tmp_path / "2.damaged") == left
+    with Checkpoints(tmp_path, KEEP_ALL) as checkpoints:
+        assert checkpoints.steps() == [1, 2]
+        assert_same_bits(checkpoints.restore_latest(wide, lines.append)[0], make_state(2, width=400))
+    assert len(lines) == 1
     assert "Traceback" not in "".join(capfd.readouterr())
 
 
-def save_wide(directory: Path, step: int) -> None:
-    with Checkpoints(directory, KEEP_ALL) as checkpoints:
-        checkpoints.save(step, make_state(step, width=400), make_info(step))
+def test_all_that_is_damaged_above_the_intact_step_is_moved_to_names_of_their_own(tmp_path):
+    save_wide(tmp_path, 1, 2, 3)
+    (tmp_path / "3.damaged").mkdir()
+    flip_one_bit(tmp_path / "2")
+    truncate_info(tmp_path / "3")
+    lines: list[str] = []
+    with Checkpoints(tmp_path, KEEP_ALL) as checkpoints:
+        _, info = checkpoints.restore_latest(wide, lines.append)
+        checkpoints.require_newest(1)  # what was moved is no later step any more
+    assert info.step == 1 and len(lines) == 2
+    assert "step 3 is" in lines[0] and "renamed to 3.damaged-2;" in lines[0]
+    assert "step 2 is" in lines[1] and "renamed to 2.damaged;" in lines[1]
+    assert folders(tmp_path) == ["1", "2.damaged", "3.damaged", "3.damaged-2"]
+
+
+def test_nothing_is_moved_when_every_step_is_damaged(tmp_path):
+    save_wide(tmp_path, 1, 2)
+    truncate_info(tmp_path / "1")
+    flip_one_bit(tmp_path / "2")
+    with (
+        unchanged(tmp_path),
+        Checkpoints(tmp_path, KEEP_ALL) as checkpoints,
+        pytest.raises(UserError, match=r"no checkpoint in .* is intact \(step 2: .*; step 1: info: .*\), and nothing"),
+    ):
+        checkpoints.restore_latest(wide, pytest.fail)
+
+
+def endless_link(path: Path) -> None:
+    """Cannot be opened, by root neither, for a reason that says nothing about what was written."""
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+@pytest.mark.parametrize("part", ["info", "params"])
+def test_a_step_that_cannot_be_opened_is_not_taken_for_damaged(tmp_path, part):
+    save_wide(tmp_path, 1, 2)
+    endless_link(tmp_path / "2" / "info" / "metadata" if part == "info" else data_files(tmp_path / "2" / "params")[-1])
+    with (
+        Checkpoints(tmp_path, KEEP_ALL) as checkpoints,
+        pytest.raises(UserError, match="step 2 in .* cannot be read: .*symbolic links.*was left as it is") as caught,
+    ):
+        checkpoints.restore_latest(wide, pytest.fail)
+    assert not isinstance(caught.value, DamagedError)
+    assert folders(tmp_path) == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("error", "damage"),
+    [
+        (ValueError("NOT_FOUND: Error opening"), True),
+        (ValueError("DATA_LOSS: checksum"), True),
+        (ValueError("PERMISSION_DENIED: Error opening"), False),
+        (ValueError("UNAVAILABLE: connection reset"), False),
+        (ValueError("Expecting value: line 1"), True),
+        (KeyError("params"), True),
+        (FileNotFoundError(2, "No such file"), True),
+        (PermissionError(13, "Permission denied"), False),
+        (OSError(5, "Input/output error"), False),
+        (TimeoutError("timed out"), False),
+        (MemoryError(), False),
+    ],
+)
+def test_what_counts_as_damage(error, damage):
+    try:
+        raise RuntimeError("Orbax says something general") from error
+    except RuntimeError as outer:
+        assert is_damage(outer) == is_damage(error) == damage
+
+
+def test_errors_of_the_device_and_of_the_configuration_move_nothing(tmp_path, monkeypatch):
+    save_wide(tmp_path, 1, 2)
+    with Checkpoints(tmp_path, KEEP_ALL) as checkpoints, unchanged(tmp_path):
+        with pytest.raises(UserError, match="does not fit this configuration"):
+            checkpoints.restore_latest(lambda step: abstract(make_state(step)), pytest.fail)
+
+        def out_of_memory(*_: Any, **__: Any) -> None:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+        monkeypatch.setattr(checkpoints._reader, "restore", out_of_memory)
+        with pytest.raises(jax.errors.JaxRuntimeError, match="out of memory"):
+            checkpoints.restore_latest(wide, pytest.fail)
 
 
 def test_damage_without_an_earlier_complete_step(tmp_path):
@@ -95,7 +202,7 @@ def test_damage_without_an_earlier_complete_step(tmp_path):
     truncate_info(tmp_path / "2")
     with (
         Checkpoints(tmp_path, KEEP_ALL, read_only=True) as checkpoints,
-        pytest.raises(UserError, match="no complete step comes before it: bring back a copy, or delete .*/2 to start"),
+        pytest.raises(UserError, match="no complete step comes before it: bring back a copy, or train again"),
     ):
         checkpoints.read_info(2)
 
@@ -110,12 +217,12 @@ def test_an_absent_step_lists_those_present(tmp_path):
 
 
 def test_a_newer_format_names_the_version_to_use(tmp_path, monkeypatch):
-    monkeypatch.setattr("intttrain.train.checkpoint.FORMAT", 7)
+    monkeypatch.setattr("intttrain.train.checkpoint_info.FORMAT", 7)
     save_steps(tmp_path, 1)
     monkeypatch.undo()
     with (
         Checkpoints(tmp_path, KEEP_ALL, read_only=True) as checkpoints,
-        pytest.raises(UserError, match=r"has format 7, this version of intttrain reads up to 1"),
+        pytest.raises(UserError, match=r"has format 7, this version of intttrain reads up to 2"),
     ):
         checkpoints.read_info(1)
 
@@ -131,7 +238,7 @@ def test_mismatches_name_the_first_array_and_both_shapes(tmp_path):
         more = abstract(make_state(1))
         more["params"]["ttt"] = {"conv": jax.ShapeDtypeStruct((1, 5, 4), np.float32)}
         with pytest.raises(UserError, match=r"params\.ttt\.conv is missing in the checkpoint and \(1, 5, 4\) float32"):
-            checkpoints.restore_latest(more)
+            restore_newest(checkpoints, more)
         fewer = abstract(make_state(1))
         del fewer["params"]["half"]
         with pytest.raises(UserError, match=r"params\.half is \(5,\) bfloat16 in the checkpoint and missing in the"):
@@ -190,11 +297,11 @@ FULL_DISK = """
             except UserError as error:
                 print(error)
             assert checkpoints.latest_step() == 1
-            restored, _ = checkpoints.restore_latest(jax.eval_shape(lambda: state(1)))
+            restored, _ = checkpoints.restore_latest(lambda step: jax.eval_shape(lambda: state(step)), print)
             assert (np.asarray(restored["params"]["w"]) == np.asarray(values) + np.float32(1)).all()
     limit(resource.RLIM_INFINITY)
     with Checkpoints(sys.argv[1], CheckpointConfig(every_steps=1, keep_last=1)) as checkpoints:
-        checkpoints.restore_latest(jax.eval_shape(lambda: state(1)))
+        checkpoints.restore_latest(lambda step: jax.eval_shape(lambda: state(step)), print)
         save(checkpoints, 2)
     print("recovered", checkpoints.latest_step())
 """
@@ -210,6 +317,96 @@ def test_a_full_disk_surfaces_and_the_previous_step_stays(tmp_path):
         assert "File too large" in message and "step 1 is complete and can be restored" in message
     assert result.stderr == ""
     assert folders(tmp_path / "checkpoints") == ["2"]
+
+
+READ_ONLY = """
+    import ctypes, pathlib, sys
+    # Without capabilities root has to obey modes, too. Threads that start later inherit this.
+    header, nothing = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert ctypes.CDLL(None).capset(header, nothing) == 0
+
+    import jax.numpy as jnp
+    from intttrain.core.config import CheckpointConfig
+    from intttrain.core.errors import UserError
+    from intttrain.train.checkpoint import CheckpointInfo, Checkpoints
+
+    directory = pathlib.Path(sys.argv[1])
+
+    def save(checkpoints, step):
+        checkpoints.save(step, {"params": {"w": jnp.ones(9)}}, CheckpointInfo(step, 0, {}, "f", {}))
+        checkpoints.wait()
+
+    with Checkpoints(directory, CheckpointConfig(every_steps=1)) as checkpoints:
+        save(checkpoints, 1)
+        directory.chmod(0o555)
+        try:
+            save(checkpoints, 2)
+        except UserError as error:
+            print(error)
+    try:
+        Checkpoints(directory / "below", CheckpointConfig())
+    except UserError as error:
+        print(error)
+    directory.chmod(0o755)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="capabilities are Linux's")
+def test_a_read_only_directory_is_one_line(tmp_path):
+    result = run_python(READ_ONLY, tmp_path / "checkpoints")
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    saving, opening = result.stdout.splitlines()
+    assert "checkpoint step 2 could not be written to" in saving and "Permission denied" in saving
+    assert "step 1 is complete and can be restored" in saving
+    assert "cannot open the checkpoint directory" in opening and "Permission denied" in opening
+
+
+class SlowDisk:
+    """Finishes no checkpoint until it is told how."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.go_on, self.error = threading.Event(), None
+        self._rename = os.rename
+        monkeypatch.setattr(os, "rename", self.rename)
+        monkeypatch.setattr(os, "replace", self.rename)
+
+    def rename(self, *args: Any, **kwargs: Any) -> None:
+        assert self.go_on.wait(60)
+        if self.error is not None:
+            raise self.error
+        self._rename(*args, **kwargs)
+
+
+def test_training_goes_on_while_a_slow_disk_takes_a_checkpoint(tmp_path, monkeypatch):
+    disk = SlowDisk(monkeypatch)
+    with Checkpoints(tmp_path, KEEP_ALL) as checkpoints:
+        checkpoints.save(1, make_state(1), make_info(1))
+        for step in range(2, 9):
+            checkpoints.raise_failed_save(step)  # blocks for nothing
+        assert checkpoints.steps() == []
+        release = threading.Timer(0.2, disk.go_on.set)
+        release.start()
+        checkpoints.save(9, make_state(9), make_info(9))  # has to wait
+        assert disk.go_on.is_set() and 1 in checkpoints.steps()
+        release.join()
+    with Checkpoints(tmp_path, KEEP_ALL) as checkpoints:
+        assert checkpoints.steps() == [1, 9]
+        for step in (1, 9):
+            assert_same_bits(checkpoints.restore(step, abstract(make_state(step)))[0], make_state(step))
+
+
+def test_a_failed_save_is_noticed_at_the_next_step(tmp_path, monkeypatch):
+    disk = SlowDisk(monkeypatch)
+    with Checkpoints(tmp_path, KEEP_ALL) as checkpoints:
+        checkpoints.save(1, make_state(1), make_info(1))
+        disk.error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        checkpoints.raise_failed_save(2)
+        disk.go_on.set()
+        with pytest.raises(UserError, match="step 1 could not be written .*No space left on device.*no step is on"):
+            for step in range(3, 6000):
+                checkpoints.raise_failed_save(step)
+                time.sleep(0.01)
+        assert step < 5000, "it was close() that said it"
 
 
 GONE = """
@@ -278,7 +475,7 @@ def test_a_run_killed_while_saving_resumes_from_the_step_before(tmp_path):
     expected = {"params": {"w": jnp.full((1000,), 1, jnp.float32)}}
     with Checkpoints(tmp_path, KEEP_ALL) as checkpoints:
         assert checkpoints.latest_step() == 1
-        restored, _ = checkpoints.restore_latest(abstract(expected))
+        restored, _ = restore_newest(checkpoints, abstract(expected))
         assert_same_bits(restored, expected)
         assert checkpoints.save(2, expected, make_info(2))
     assert folders(tmp_path) == ["1", "2"]
