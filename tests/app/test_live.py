@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from intttrain.app import loop
+from intttrain.app import loop, step_log
 from intttrain.core.config import CheckpointConfig
 from intttrain.core.metrics import METRICS_FILE, read_metrics
 from intttrain.core.progress import StepTimer
@@ -44,7 +44,7 @@ class Clock:
 
         monkeypatch.setattr(loop, "make_batches", make_timed_batches)
         monkeypatch.setattr(loop.LiveEvaluation, "evaluate", timed_evaluate)
-        monkeypatch.setattr(loop, "StepTimer", lambda: StepTimer(clock=self))
+        monkeypatch.setattr(step_log, "StepTimer", lambda: StepTimer(clock=self))
 
 
 @pytest.fixture(scope="module")
