@@ -37,17 +37,21 @@ def data_files(step_folder: Path) -> list[Path]:
     return sorted(path for path in step_folder.rglob("*") if path.is_file() and "ocdbt.process_0/d" in str(path))
 
 
+def largest_file(folder: Path) -> Path:
+    return max(data_files(folder), key=lambda path: path.stat().st_size)
+
+
 def delete_largest(folder: Path) -> None:
-    max(data_files(folder / "params"), key=lambda path: path.stat().st_size).unlink()
+    largest_file(folder / "params").unlink()
 
 
 def truncate_largest(folder: Path) -> None:
-    path = max(data_files(folder / "training"), key=lambda path: path.stat().st_size)
+    path = largest_file(folder / "training")
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 def flip_one_bit(folder: Path) -> None:
-    path = max(data_files(folder / "params"), key=lambda path: path.stat().st_size)
+    path = largest_file(folder / "params")
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0x10
     path.write_bytes(bytes(content))
@@ -149,7 +153,7 @@ def endless_link(path: Path) -> None:
 @pytest.mark.parametrize("part", ["info", "params"])
 def test_a_step_that_cannot_be_opened_is_not_taken_for_damaged(tmp_path, part):
     save_wide(tmp_path, 1, 2)
-    endless_link(tmp_path / "2" / "info" / "metadata" if part == "info" else data_files(tmp_path / "2" / "params")[-1])
+    endless_link(tmp_path / "2" / "info" / "metadata" if part == "info" else largest_file(tmp_path / "2" / "params"))
     with (
         Checkpoints(tmp_path, KEEP_ALL) as checkpoints,
         pytest.raises(UserError, match="step 2 in .* cannot be read: .*symbolic links.*was left as it is") as caught,
