@@ -24,6 +24,7 @@ from intttrain.core.metrics import MetricWriters, make_metric_writers
 from intttrain.core.progress import StepTimer, human_count
 from intttrain.core.sharding import check_evaluation
 from intttrain.core.stages import Stage, make_stages, stage_after
+from intttrain.core.watchdog import Watchdog
 from intttrain.data import Batch, describe_rows, make_batches, make_row_dataset
 from intttrain.train import (
     Checkpoints,
@@ -59,13 +60,16 @@ class TrainResult:
     metrics: dict[str, float]
 
 
-def train(config: Config, workdir: Path, *, stop_at_step: int | None, report: Callable[[str], None]) -> TrainResult:
+def train(
+    config: Config, workdir: Path, *, stop_at_step: int | None, watchdog: Watchdog, report: Callable[[str], None]
+) -> TrainResult:  # fmt: skip
     """Trains up to ``train.num_steps``, from the newest checkpoint of ``workdir`` if there is one.
 
     Args:
       config: the run. Repeating the same call continues it, bit for bit as if it had not stopped.
       workdir: receives checkpoints and metrics.
       stop_at_step: saves and stops there, as an interruption would; ``None`` goes to the end.
+      watchdog: ends the process if another one is lost or nothing finishes.
       report: receives lines for people.
 
     Raises:
@@ -80,6 +84,7 @@ def train(config: Config, workdir: Path, *, stop_at_step: int | None, report: Ca
     with (
         _Interrupts(config) as interrupts,
         Checkpoints(workdir / "checkpoints", config.train.checkpoint) as checkpoints,
+        watchdog.guard(),
     ):
         stage = stage_after(stages, checkpoints.latest_step() or 0)
         program = programs[stage.number - 1]
@@ -96,16 +101,22 @@ def train(config: Config, workdir: Path, *, stop_at_step: int | None, report: Ca
                     stage, program = stages[stage.number], programs[stage.number]  # numbers begin at 1
                     state, batches = program.take(state), _open_batches(stage, program, cursor)
                     log.begin(stage)
+                    watchdog.enter("compiling")
                 state, metrics = program.step(state, program.place(next(batches)))
                 bad = log.read_one_late(step + 1, cursor, metrics)
+                watchdog.beat(step)
                 step, cursor = step + 1, stage.cursor_after(cursor)
                 ends, evaluates = step == stage.until_step, evaluation.is_due(step)
                 if bad or ((ends or evaluates or checkpoints.should_save(step)) and (bad := log.read_rest())):
                     _save_and_refuse(stage, checkpoints, state, identity, bad)
                 with log.timer.excluded():
+                    if ends or checkpoints.should_save(step):
+                        watchdog.enter("saving")
                     checkpoints.save(step, dict(state), identity.info(step, cursor), force=ends)
                     if evaluates:
+                        watchdog.enter("evaluating")
                         writers.write(step, evaluation.evaluate(step, stage.config, state["params"], program.mesh))
+            watchdog.enter("saving")
             if bad := log.read_rest():
                 _save_and_refuse(stage, checkpoints, state, identity, bad)
             checkpoints.save(step, dict(state), identity.info(step, cursor), force=True)

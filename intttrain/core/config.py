@@ -245,6 +245,7 @@ class TrainConfig:
     microbatches: PositiveInt = 1  # gradient accumulation: the batch is cut into this many pieces
     gate_rate: Fraction = 1.0  # share of chunks that fast weights learn from, drawn for every row and step; 1 = all
     log_every_steps: PositiveInt = 10
+    watchdog_seconds: PositiveInt | None = 600  # a step that takes longer hangs; other phases get 6 times as long
     seed: NonNegativeInt = 0
     stages: tuple[StageConfig, ...] = ()  # in order, the last until num_steps; () = the run is one
 

@@ -21,6 +21,7 @@ FREE_TO_CHANGE: Mapping[str, str] = types.MappingProxyType(
         "eval.*": "used beside training",
         "train.checkpoint.*": "when to save, not what",
         "train.log_every_steps": "what is shown",
+        "train.watchdog_seconds": "when to give up",
         "train.microbatches": "same gradient, other rounding",
         "data.heldout": "not trained on",
         "data.prefetch_rows": "speed",
