@@ -1,4 +1,4 @@
-"""A last word before ``abort()``, with which JAX's client ends a process, in a thread of C++, when process 0 is gone."""
+"""A last word before ``abort()``, with which JAX's client ends a process when process 0 is gone."""
 
 from __future__ import annotations
 

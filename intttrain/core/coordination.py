@@ -8,13 +8,14 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jax._src.distributed import global_state
 
 _sessions = itertools.count()
 
 
+@runtime_checkable  # tests check types at calls
 class KeyValueStore(Protocol):
     """Documents by folder and number of the process that wrote them; no two parts of the program share a folder.
 

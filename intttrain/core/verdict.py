@@ -74,9 +74,8 @@ class Judge:
     def _verdict(self, lost: list[int], failures: Documents, beats: Documents) -> Verdict:
         hosts = {index: beat["host"] for index, beat in beats.items()}
         if lost:
-            steps = [beats[index]["step"] for index in lost if index in beats]
-            where = f"after step {min(steps)}" if steps else "before they began" if len(lost) > 1 else "before it began"
-            line = f"{describe_processes(lost, hosts)} {'was' if len(lost) == 1 else 'were'} lost {where}"
+            step = max(beat["step"] for beat in beats.values())
+            line = f"{describe_processes(lost, hosts)} {'was' if len(lost) == 1 else 'were'} lost after step {step}"
         elif hanging := [index for index, failure in failures.items() if failure["kind"] == "hang"]:
             line = f"{failures[min(hanging)]['line']}; {_standing(beats, hosts)}"
         else:

@@ -20,9 +20,9 @@ import os
 import socket
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterator
+from time import monotonic, sleep
 from typing import NoReturn
 
 from intttrain.core.aborts import before_abort
@@ -68,7 +68,7 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
     """Watches the block; all processes of a run enter and leave it together."""
 
     def __init__(
-        self, limit_s: float | None, store: KeyValueStore | None, *, timing: Timing | None = None,
+        self, limit_s: int | None, store: KeyValueStore | None, *, timing: Timing | None = None,
         leave: Callable[[int], object] = os._exit,
     ) -> None:  # fmt: skip
         """Starts nothing yet.
@@ -83,15 +83,15 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
         self._timing = timing or Timing()
         self._host = socket.gethostname()
         self._first_host = "unknown" if store is None or store.index else self._host  # of process 0
-        self._progress = _Progress(0, "starting", time.monotonic())
+        self._progress = _Progress(0, "starting", monotonic())
         self._judge: Judge | None = None
         if store is not None and store.index == 0:
             times = {"settle_s": self._timing.settle_s, "silence_s": self._timing.silence_s}
-            self._judge = Judge(store, **times, clock=time.monotonic)
+            self._judge = Judge(store, **times, clock=monotonic)
         self._failure: dict[str, str | int] | None = None
         self._verdict: Verdict | None = None
         self._decided, self._wake, self._stopped = threading.Event(), threading.Event(), threading.Event()
-        self._answered, self._beats = time.monotonic(), 0
+        self._answered, self._beats = monotonic(), 0
         self._ending = threading.Lock()
         self._cleanup = contextlib.ExitStack()
 
@@ -99,11 +99,11 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
 
     def beat(self, step: int) -> None:
         """Says that ``step`` is complete."""
-        self._progress = _Progress(step, TRAINING, time.monotonic())
+        self._progress = _Progress(step, TRAINING, monotonic())
 
     def enter(self, phase: str) -> None:
         """Says that something begins that may take longer than a step; the next ``beat`` ends it."""
-        self._progress = _Progress(self._progress.step, phase, time.monotonic())
+        self._progress = _Progress(self._progress.step, phase, monotonic())
 
     @contextlib.contextmanager
     def guard(self) -> Iterator[None]:
@@ -136,12 +136,13 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
 
     def _talk(self) -> None:
         """Writes beats and asks for the verdict until the block ends; the last beat says so."""
-        last = False
-        while not last:
+        while True:
             last = self._stopped.is_set()
             with contextlib.suppress(RuntimeError, TimeoutError):  # process 0 is gone or slow: see _watch
                 self._exchange()
-                self._answered = time.monotonic()
+                self._answered = monotonic()
+            if last:
+                return
             self._wake.wait(self._timing.beat_s if self._failure is None else self._timing.look_s)
             self._wake.clear()
 
@@ -162,18 +163,22 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
 
     def _watch(self) -> None:
         while not self._stopped.wait(self._timing.look_s):
-            now, limit_s = self._progress, self._limit()
-            quiet_s = time.monotonic() - self._answered
-            if limit_s is not None and time.monotonic() - now.since > limit_s:
-                self._end_hanging(f"nothing finished for {limit_s:g} s while {now.phase} after step {now.step}")
-            elif self._failure is not None:
-                continue  # the main thread is about to end the process
-            elif self._verdict is not None:
-                self._end(self._verdict.line, LOST_STATUS)
-            elif self._store is not None and now.phase == TRAINING and quiet_s > self._timing.silence_s:
-                self._end(f"{self._first()} has not answered for {quiet_s:.0f} s; {AGAIN}", LOST_STATUS)
+            self.look()
 
-    def _limit(self) -> float | None:
+    def look(self) -> None:
+        """Ends the process if there is a reason to; what a thread does several times a second."""
+        now, limit_s = self._progress, self._limit()
+        quiet_s = monotonic() - self._answered
+        if limit_s is not None and monotonic() - now.since > limit_s:
+            self._end_hanging(f"nothing finished for {limit_s} s while {now.phase} after step {now.step}")
+        elif self._failure is not None:
+            return  # the main thread is about to end the process
+        elif self._verdict is not None:
+            self._end(self._verdict.line, LOST_STATUS)
+        elif self._store is not None and now.phase == TRAINING and quiet_s > self._timing.silence_s:
+            self._end(f"{self._first()} has not answered for {quiet_s:.0f} s; {AGAIN}", LOST_STATUS)
+
+    def _limit(self) -> int | None:
         if self._limit_s is None or self._progress.phase == TRAINING:
             return self._limit_s
         return LONG_PHASE * self._limit_s
@@ -197,16 +202,14 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
         self._end(f"{verdict.line} (here: {line})", LOST_STATUS)
 
     def _end_hanging(self, line: str) -> None:
-        who = describe_processes([self._store.index if self._store else 0], {0: self._host} | self._here())
+        index = self._store.index if self._store is not None else 0
+        who = describe_processes([index], {index: self._host})
         print(f"watchdog: {who}: {line}; all threads:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
         if self._store is None:
             self._end(f"{line}; {AGAIN}", LOST_STATUS)
         else:
             self._end(self._wait_for_verdict("hang", line).line, LOST_STATUS)
-
-    def _here(self) -> dict[int, str]:
-        return {} if self._store is None else {self._store.index: self._host}
 
     def _first(self) -> str:
         return describe_processes([0], {0: self._first_host})
@@ -239,7 +242,7 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
                 gone |= {*store.all("ended"), *(self._verdict.lost if self._verdict else ())}
                 if len(gone) == store.count:
                     return
-                time.sleep(self._timing.look_s)
+                sleep(self._timing.look_s)
 
     def _say_who_aborted(self) -> None:
         """Ends with one line if it is process 0 that is gone; anything else remains an abort."""
