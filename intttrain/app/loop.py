@@ -260,13 +260,14 @@ class _Interrupts(contextlib.AbstractContextManager["_Interrupts"]):
     """Notes SIGTERM and Ctrl-C instead of dying, so that the loop can save first; a second Ctrl-C kills."""
 
     def __init__(self, config: Config) -> None:
-        self.received: int | None = None
+        self.received: int | None = None  # by any process
+        self._noted: int | None = None  # by this one; may come while the others are being asked
         self._ask_every = config.train.log_every_steps if process_count() > 1 else 1
 
     def stop(self, step: int) -> bool:
         """Returns whether a process was interrupted; all get the same answer, at multiples of ``log_every_steps``."""
         if step % self._ask_every == 0:
-            self.received = largest(self.received or 0) or None
+            self.received = largest(self._noted or 0) or None
             return self.received is not None
         return False
 
@@ -279,6 +280,6 @@ class _Interrupts(contextlib.AbstractContextManager["_Interrupts"]):
             signal.signal(number, handler)
 
     def _note(self, number: int, _: types.FrameType | None) -> None:
-        if self.received is not None:
+        if self._noted is not None:
             raise KeyboardInterrupt
-        self.received = number
+        self._noted = number

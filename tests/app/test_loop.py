@@ -136,6 +136,23 @@ def test_sigterm_saves_and_resume_is_never_having_stopped(
     assert_same_run(workdir, straight)
 
 
+def test_a_signal_while_the_processes_ask_each_other_is_not_lost(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def ask(value: int) -> int:
+        asked.append(value)
+        if len(asked) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return value
+
+    monkeypatch.setattr(loop, "largest", ask)
+    outcome = cli("train", world.config, f"--workdir={tmp_path / 'run'}")
+    assert outcome.status == 143 and asked == [0, 0, 0, signal.SIGTERM]
+    assert "stopped at step 3 of 10" in outcome.out
+
+
 def test_control_c_saves_first(world: World, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def press(batch: Batch) -> Batch:
         signal.raise_signal(signal.SIGINT)
