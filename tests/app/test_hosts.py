@@ -8,6 +8,8 @@ import signal
 import socket
 from pathlib import Path
 
+import jax
+
 from intttrain.core.watchdog import LOST_STATUS
 from tests.app.small import World, steps
 from tests.processes import REPO, processes
@@ -16,7 +18,7 @@ HOST = socket.gethostname()
 
 
 def command(world: World, workdir: Path, *flags: str) -> list[str]:
-    return ["-m", "intttrain", "train", world.config, f"--workdir={workdir}", *flags]
+    return ["-m", "intttrain", "train", world.dense_config, f"--workdir={workdir}", *flags]
 
 
 def test_hosts_that_differ_are_refused_before_anything_is_compiled(world: World, tmp_path: Path) -> None:
@@ -53,8 +55,9 @@ def test_one_process_is_asked_to_stop_and_later_killed(world: World, tmp_path: P
     flags = ("--config.train.num_steps=1000000", "--config.train.checkpoint.every_steps=1000000")
     commands = [command(world, workdir, *flags)] * 2
     cache = {
-        "JAX_COMPILATION_CACHE_DIR": str(world.root / "jax"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"
-    }  # fmt: skip
+        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+    }
 
     def logged() -> int:
         metrics = workdir / "metrics.jsonl"
