@@ -1,7 +1,8 @@
 """The command line: ``intttrain COMMAND --config=FILE.py[:variant] --config.a.b=value ...``.
 
 Bad input ends with one line after ``error:`` and a non-zero status: 2 for anything the user can fix, 3 when
-training met a non-finite step, 128 + signal number when a run was interrupted (and saved).
+training met a non-finite step, 4 when another process of the run was lost or the run stood still, 128 + signal number
+when a run was interrupted (and saved).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from intttrain.core.config_eval import GATES, SIGNALS
-from intttrain.core.errors import UserError, did_you_mean
+from intttrain.core.errors import UserError, did_you_mean, explain_exit
 
 Command = Callable[[flags.FlagValues], int]
 Define = Callable[[flags.FlagValues], Any]  # adds flags
@@ -47,15 +48,12 @@ def run(arguments: Sequence[str]) -> int:
     """Runs one command and returns the exit status."""
     try:
         return _dispatch(arguments)
-    except UserError as error:
-        return _fail(str(error), 2)
     except flags.Error as error:
         return _fail(" ".join(str(error).split()), 2)
-    except OSError as error:
-        where = f": {error.filename}" if error.filename else ""
-        return _fail(f"{error.strerror or error}{where}", 2)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+    except BaseException as error:
+        if (explained := explain_exit(error)) is None:
+            raise
+        return _fail(*explained)
 
 
 def _fail(message: str, status: int) -> int:

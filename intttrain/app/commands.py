@@ -10,16 +10,19 @@ from typing import Any
 import jax
 from absl import flags
 
+from intttrain.app.hosts import check_hosts
 from intttrain.app.loop import train
 from intttrain.app.runs import load_trained, parameter_counts
 from intttrain.app.skips import UnhealthyStepsError
 from intttrain.core.config import Config, as_dict, resolve
+from intttrain.core.coordination import open_key_value_store
 from intttrain.core.distributed import process_index, start_distributed
 from intttrain.core.dotted import flatten
 from intttrain.core.errors import UserError
 from intttrain.core.files import write_json
 from intttrain.core.progress import human_count
 from intttrain.core.stages import make_stages
+from intttrain.core.watchdog import Watchdog
 from intttrain.data import prepare
 from intttrain.interop import export_model
 
@@ -88,12 +91,16 @@ def _plain(value: Any) -> Any:
 def train_model(values: flags.FlagValues) -> int:
     """Trains; the status tells whether the run was interrupted or met a step that is not finite."""
     config = resolve(values.config)
+    workdir = Path(values.workdir)
     start_distributed()
-    first = process_index() == 0
     try:
-        result = train(
-            config, Path(values.workdir), stop_at_step=values.stop_at_step, report=report if first else lambda _: None
-        )
+        with Watchdog(config.train.watchdog_seconds, open_key_value_store()) as watchdog:
+            check_hosts(config, workdir)
+            first = process_index() == 0
+            result = train(
+                config, workdir, stop_at_step=values.stop_at_step, watchdog=watchdog,
+                report=report if first else lambda _: None,
+            )  # fmt: skip
     except UnhealthyStepsError as error:
         report(f"error: {error}")
         return 3
@@ -102,7 +109,7 @@ def train_model(values: flags.FlagValues) -> int:
         return status
     loss = f", loss {result.metrics['loss']:.4f}" if "loss" in result.metrics else ""
     if result.finished:
-        print(f"finished at step {result.step}{loss}; checkpoint in {Path(values.workdir) / 'checkpoints'}")
+        print(f"finished at step {result.step}{loss}; checkpoint in {workdir / 'checkpoints'}")
     else:
         print(f"stopped at step {result.step} of {config.train.num_steps}{loss}; saved: run the same command to go on")
     _finish(values, {"step": result.step, "finished": result.finished, "metrics": result.metrics})

@@ -14,15 +14,18 @@ from absl import flags
 from intttrain import ttt
 from intttrain.app.follow import follow_run
 from intttrain.app.generate import gate_settings
+from intttrain.app.hosts import check_hosts
 from intttrain.app.runs import Trained, load_trained
 from intttrain.core.config import Config, ModelConfig, check_consistent, resolve
 from intttrain.core.config_eval import GateConfig
+from intttrain.core.coordination import open_key_value_store
 from intttrain.core.distributed import process_index, start_distributed
 from intttrain.core.errors import UserError
 from intttrain.core.files import write_json
 from intttrain.core.mesh import make_mesh
 from intttrain.core.sharding import check_evaluation
 from intttrain.core.stages import make_stages, stage_before
+from intttrain.core.watchdog import Watchdog
 from intttrain.data import Batch, TokenStore, document_rows
 from intttrain.evals import Complete, Completer, evaluate_ruler, evaluate_run, prepare_ruler, study_gates
 from intttrain.evals.code import evaluate_code
@@ -105,6 +108,13 @@ def evaluate_model(values: flags.FlagValues) -> int:
     config, workdir = resolve(values.config), Path(values.workdir)
     _check_follow(values)
     start_distributed()
+    with Watchdog(None, open_key_value_store()):  # tasks take as long as they take
+        check_hosts(config, workdir)
+        _evaluate_run(config, workdir, values)
+    return 0
+
+
+def _evaluate_run(config: Config, workdir: Path, values: flags.FlagValues) -> None:
     mesh = make_mesh(config.mesh)
 
     def load(step: int | None) -> Trained:
@@ -117,7 +127,6 @@ def evaluate_model(values: flags.FlagValues) -> int:
         follow_run(workdir, values.task, load, evaluate, report)
     else:
         evaluate(load(values.step))
-    return 0
 
 
 def _check_follow(values: flags.FlagValues) -> None:

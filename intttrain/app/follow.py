@@ -10,7 +10,7 @@ import numpy as np
 
 from intttrain.app.runs import Trained, has_run, last_step
 from intttrain.core.agreement import decided_by_first, largest
-from intttrain.core.config import CheckpointConfig
+from intttrain.core.config_train import CheckpointConfig
 from intttrain.core.errors import UserError
 from intttrain.train import Checkpoints
 

@@ -23,6 +23,7 @@ from intttrain.core.metrics import MetricWriters, make_metric_writers
 from intttrain.core.progress import human_count
 from intttrain.core.sharding import check_evaluation
 from intttrain.core.stages import Stage, make_stages, stage_after
+from intttrain.core.watchdog import Watchdog
 from intttrain.data import Batch, make_batches, make_row_dataset
 from intttrain.train import Checkpoints, Program, TrainState, check_compatible, make_program
 
@@ -44,13 +45,16 @@ class TrainResult:
     metrics: dict[str, float]
 
 
-def train(config: Config, workdir: Path, *, stop_at_step: int | None, report: Callable[[str], None]) -> TrainResult:
+def train(
+    config: Config, workdir: Path, *, stop_at_step: int | None, watchdog: Watchdog, report: Callable[[str], None]
+) -> TrainResult:
     """Trains up to ``train.num_steps``, from the newest checkpoint of ``workdir`` if there is one.
 
     Args:
       config: the run. Repeating the same call continues it, bit for bit as if it had not stopped.
       workdir: receives checkpoints and metrics.
       stop_at_step: saves and stops there, as an interruption would; ``None`` goes to the end.
+      watchdog: ends the process if another one is lost or nothing finishes.
       report: receives lines for people.
 
     Raises:
@@ -67,6 +71,7 @@ def train(config: Config, workdir: Path, *, stop_at_step: int | None, report: Ca
         Interrupts(config.train.log_every_steps) as interrupts,
         Checkpoints(workdir / "checkpoints", config.train.checkpoint) as checkpoints,
         StepProfile(config.train.profile_steps, workdir, report) as profile,
+        watchdog.guard(),
     ):
         place = _start(config, stages, programs, checkpoints, identity, report)
         with make_metric_writers(
@@ -74,7 +79,9 @@ def train(config: Config, workdir: Path, *, stop_at_step: int | None, report: Ca
             stopwatch=stopwatch, wandb_project=config.train.wandb_project, name=config.name,
         ) as writers:  # fmt: skip
             log = StepLog(place.stage, writers, report)
-            loop = _Loop(stages, programs, place, identity, checkpoints, evaluation, writers, log, stopwatch, profile)
+            loop = _Loop(
+                stages, programs, place, identity, checkpoints, evaluation, writers, log, profile, stopwatch, watchdog
+            )
             loop.run(config.train.num_steps if stop_at_step is None else stop_at_step, interrupts)
     if goodput := summarise_goodput(workdir / GOODPUT_FILE):
         report(goodput.line())
@@ -111,8 +118,9 @@ class _Loop:
     evaluation: LiveEvaluation
     writers: MetricWriters
     log: StepLog
-    stopwatch: Stopwatch
     profile: StepProfile
+    stopwatch: Stopwatch
+    watchdog: Watchdog
 
     def run(self, until_step: int, interrupts: Interrupts) -> None:
         """Makes steps until ``until_step``, the end of the run or an interruption, and saves."""
@@ -142,6 +150,7 @@ class _Loop:
             self.place.stage, self.place.state = stage, self.program.take(self.place.state)
             self.log.begin(stage)
         self.batches = _open_batches(stage, self.program, self.place.cursor)
+        self.watchdog.enter("compiling")
         self.stopwatch.switch("compiling")
 
     def _make_step(self) -> BadStep | None:
@@ -156,6 +165,7 @@ class _Loop:
         self.checkpoints.raise_failed_save(place.step)
         self.stopwatch.switch("training")
         bad = self.log.read_one_late(number, place.cursor, metrics)
+        self.watchdog.beat(place.step)
         place.step, place.cursor = number, place.stage.cursor_after(place.cursor)
         return bad
 
@@ -184,7 +194,8 @@ class _Loop:
 
     @contextlib.contextmanager
     def _during(self, phase: str) -> Iterator[None]:
-        """Counts the time of something that is no step."""
+        """Counts the time of something that is no step, and may take longer than one."""
+        self.watchdog.enter(phase)
         with self.stopwatch.spent_on(phase):
             yield
 

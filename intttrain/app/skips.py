@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from intttrain.app.runs import Identity
-from intttrain.core.config import SkipConfig
+from intttrain.core.config_train import SkipConfig
 from intttrain.core.errors import UserError
 from intttrain.core.stages import Stage
 from intttrain.data import describe_rows

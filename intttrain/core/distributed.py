@@ -26,6 +26,8 @@ NUM_PROCESSES = "INTTTRAIN_NUM_PROCESSES"
 PROCESS_ID = "INTTTRAIN_PROCESS_ID"
 TIMEOUT_SECONDS = "INTTTRAIN_INITIALIZATION_TIMEOUT_SECONDS"
 DEFAULT_TIMEOUT_SECONDS = 300
+HEARTBEAT_SECONDS = "INTTTRAIN_HEARTBEAT_TIMEOUT_SECONDS"
+DEFAULT_HEARTBEAT_SECONDS = 100
 
 # JAX's client aborts the whole process, with a stack trace of C++, when its own time is over. Ours is over earlier.
 _MARGIN_SECONDS = 60
@@ -84,7 +86,7 @@ def start_distributed() -> None:
         # CPU devices run programs side by side, on a few threads. Two programs that communicate then wait for each
         # other when processes get to them in another order; one at a time they cannot. Other devices keep the order.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
-        _connect(start, _timeout_seconds(os.environ))
+        _connect(start, initialization_timeout_seconds(), heartbeat_timeout_seconds())
 
 
 def choose_start(environment: Mapping[str, str], platforms: str | None) -> Start | None:
@@ -163,8 +165,18 @@ def _tpu(environment: Mapping[str, str], platforms: str | None) -> Start | None:
     return Start({}, f"the hosts of {named}={environment[named]} in {slices} slice(s)")
 
 
-def _timeout_seconds(environment: Mapping[str, str]) -> int:
-    return _number({TIMEOUT_SECONDS: str(DEFAULT_TIMEOUT_SECONDS), **environment}, TIMEOUT_SECONDS, lowest=1)
+def initialization_timeout_seconds() -> int:
+    """Returns how long processes wait for each other before the first step. Raises ``UserError`` for no number."""
+    return _number({TIMEOUT_SECONDS: str(DEFAULT_TIMEOUT_SECONDS), **os.environ}, TIMEOUT_SECONDS, lowest=1)
+
+
+def heartbeat_timeout_seconds() -> int:
+    """Returns after how long a silence JAX ends the run; compiling is no silence, heartbeats have a thread of C++.
+
+    Raises:
+      UserError: the environment holds no number.
+    """
+    return _number({HEARTBEAT_SECONDS: str(DEFAULT_HEARTBEAT_SECONDS), **os.environ}, HEARTBEAT_SECONDS, lowest=10)
 
 
 def _number(environment: Mapping[str, str], name: str, *, lowest: int) -> int:
@@ -174,7 +186,7 @@ def _number(environment: Mapping[str, str], name: str, *, lowest: int) -> int:
     return int(text)
 
 
-def _connect(start: Start, timeout_seconds: int) -> None:
+def _connect(start: Start, timeout_seconds: int, heartbeat_seconds: int) -> None:
     """Calls ``jax.distributed.initialize`` and turns whatever goes wrong into one line.
 
     A thread makes the call because it neither returns nor raises when somebody is missing: it would end the process.
@@ -187,7 +199,10 @@ def _connect(start: Start, timeout_seconds: int) -> None:
 
     def call() -> None:
         try:
-            jax.distributed.initialize(**start.arguments, initialization_timeout=timeout_seconds + _MARGIN_SECONDS)
+            jax.distributed.initialize(
+                **start.arguments, initialization_timeout=timeout_seconds + _MARGIN_SECONDS,
+                heartbeat_timeout_seconds=heartbeat_seconds,
+            )  # fmt: skip
         except Exception as error:  # anything from a metadata server to a port that is taken
             failures.append(error)
 

@@ -14,6 +14,16 @@ class UserError(Exception):
     """
 
 
+def explain_exit(error: BaseException) -> tuple[str, int] | None:
+    """Returns what a person reads and the exit status, ``None`` for a bug: a stack trace and 1."""
+    if isinstance(error, UserError):
+        return str(error), 2
+    if isinstance(error, OSError):
+        where = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror or error}{where}", 2
+    return ("interrupted", 130) if isinstance(error, KeyboardInterrupt) else None
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """Returns ``"; did you mean 'x'?"`` for the closest choice, or the sorted choices when none is close."""
     names = sorted(choices)

@@ -1,6 +1,7 @@
 """Training: optimizer, state and step, checkpoints. The only home of optax and orbax."""
 
-from intttrain.train.checkpoint import CheckpointInfo, Checkpoints
+from intttrain.train.checkpoint import Checkpoints
+from intttrain.train.checkpoint_info import CheckpointInfo, package_versions
 from intttrain.train.compatibility import check_compatible
 from intttrain.train.optimizer import make_optimizer, make_schedule
 from intttrain.train.program import Program, make_program
@@ -28,5 +29,6 @@ __all__ = [
     "make_program",
     "make_schedule",
     "make_train_step",
+    "package_versions",
     "scalars",
 ]

@@ -28,7 +28,7 @@ from etils import epath
 
 from intttrain.core.agreement import decided_by_first, first_message, largest, on_first_process
 from intttrain.core.barrier import FailingBarrier
-from intttrain.core.config import CheckpointConfig
+from intttrain.core.config_train import CheckpointConfig
 from intttrain.core.distributed import process_count, process_index
 from intttrain.core.errors import UserError
 from intttrain.core.sharding import with_sharding

@@ -24,6 +24,7 @@ FREE_TO_CHANGE: Mapping[str, str] = types.MappingProxyType(
         "train.profile_steps": "what is looked at",
         "train.wandb_project": "where numbers go",
         "train.skip.max_*": "when to give up",
+        "train.watchdog_seconds": "when to give up",
         "train.microbatches": "same gradient, other rounding",
         "data.heldout": "not trained on",
         "data.prefetch_rows": "speed",

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from intttrain.app import loop, step_log
-from intttrain.core.config import CheckpointConfig
+from intttrain.core.config_train import CheckpointConfig
 from intttrain.core.metrics import METRICS_FILE, read_metrics
 from intttrain.core.progress import StepTimer
 from intttrain.data import Batch

@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 
 from intttrain.app import loop, step_log
-from intttrain.core.config import CheckpointConfig, Config
+from intttrain.core.config import Config
+from intttrain.core.config_train import CheckpointConfig
 from intttrain.core.metrics import METRICS_FILE, read_metrics
 from intttrain.data import Batch
 from intttrain.train import Checkpoints, Program, TrainState
@@ -134,6 +135,23 @@ def test_sigterm_saves_and_resume_is_never_having_stopped(
     assert_same_state(workdir, straight, 6)
     done("train", world.config, f"--workdir={workdir}")
     assert_same_run(workdir, straight)
+
+
+def test_a_signal_while_the_processes_ask_each_other_is_not_lost(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def ask(value: int) -> int:
+        asked.append(value)
+        if len(asked) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return value
+
+    monkeypatch.setattr(loop, "largest", ask)
+    outcome = cli("train", world.config, f"--workdir={tmp_path / 'run'}")
+    assert outcome.status == 143 and asked == [0, 0, 0, signal.SIGTERM]
+    assert "stopped at step 3 of 10" in outcome.out
 
 
 def test_control_c_saves_first(world: World, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

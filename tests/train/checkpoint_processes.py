@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from intttrain.core.config import CheckpointConfig
+from intttrain.core.config_train import CheckpointConfig
 from intttrain.core.distributed import process_index, start_distributed
 from intttrain.core.errors import UserError
 from intttrain.train import CheckpointInfo, Checkpoints

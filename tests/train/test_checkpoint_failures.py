@@ -274,7 +274,7 @@ def test_a_failing_close_does_not_hide_the_error_before_it(tmp_path, monkeypatch
 FULL_DISK = """
     import resource, signal, sys
     import jax, jax.numpy as jnp, numpy as np
-    from intttrain.core.config import CheckpointConfig
+    from intttrain.core.config_train import CheckpointConfig
     from intttrain.core.errors import UserError
     from intttrain.train.checkpoint import CheckpointInfo, Checkpoints
 
@@ -330,7 +330,7 @@ READ_ONLY = """
     assert ctypes.CDLL(None).capset(header, nothing) == 0
 
     import jax.numpy as jnp
-    from intttrain.core.config import CheckpointConfig
+    from intttrain.core.config_train import CheckpointConfig
     from intttrain.core.errors import UserError
     from intttrain.train.checkpoint import CheckpointInfo, Checkpoints
 
@@ -416,7 +416,7 @@ def test_a_failed_save_is_noticed_at_the_next_step(tmp_path, monkeypatch):
 GONE = """
     import pathlib, shutil, sys
     import jax.numpy as jnp
-    from intttrain.core.config import CheckpointConfig
+    from intttrain.core.config_train import CheckpointConfig
     from intttrain.core.errors import UserError
     from intttrain.train.checkpoint import CheckpointInfo, Checkpoints
 
@@ -448,7 +448,7 @@ def test_a_process_whose_folder_cannot_be_made_says_so_and_ends(tmp_path):
 KILLED = """
     import os, signal, sys
     import jax.numpy as jnp
-    from intttrain.core.config import CheckpointConfig
+    from intttrain.core.config_train import CheckpointConfig
     from intttrain.train.checkpoint import CheckpointInfo, Checkpoints
 
     def save(checkpoints, step):

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from intttrain.core.config import Config, ScheduleConfig, default_config, resolve
+from intttrain.core.config import Config, default_config, resolve
+from intttrain.core.config_train import ScheduleConfig
 from intttrain.data import Batch
 from intttrain.model import bind
 from intttrain.train import step as step_module

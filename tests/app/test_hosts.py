@@ -1,0 +1,83 @@
+"""Training in two processes of which one differs, is asked to stop, or is killed."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+import socket
+from pathlib import Path
+
+import jax
+
+from intttrain.core.watchdog import LOST_STATUS
+from tests.app.small import World, steps
+from tests.processes import REPO, processes
+
+HOST = socket.gethostname()
+
+
+def command(world: World, workdir: Path, *flags: str) -> list[str]:
+    return ["-m", "intttrain", "train", world.dense_config, f"--workdir={workdir}", *flags]
+
+
+def test_hosts_that_differ_are_refused_before_anything_is_compiled(world: World, tmp_path: Path) -> None:
+    """One process has another configuration and another store under the same name, one another program."""
+    other_code, other_store = tmp_path / "code", tmp_path / "other"
+    shutil.copytree(REPO / "intttrain", other_code / "intttrain", ignore=shutil.ignore_patterns("__pycache__"))
+    with (other_code / "intttrain" / "ttt" / "api.py").open("a") as file:
+        file.write("# an edit on one host only\n")
+    for folder, content in ((tmp_path / "here", "train"), (other_store, "heldout")):
+        shutil.copytree(world.root / "data" / content, folder / "store")
+    workdir = tmp_path / "run"
+    same = ("--config.data.train=({'path': 'store', 'weight': 1.0},)", "--config.data.heldout=None")
+    commands = [command(world, workdir, *same)] * 3
+    commands[1] = [*commands[1], "--config.train.num_steps=11"]
+    places = [str(tmp_path / "here"), str(other_store), str(tmp_path / "here")]
+    environments: list[dict[str, str]] = [{"PWD": place, "JAX_LOG_COMPILES": "1"} for place in places]
+    environments[2]["PYTHONPATH"] = str(other_code)
+    with processes(tmp_path, commands, environments) as run:
+        assert [run.status(index) for index in range(3)] == [2, 2, 2], [run.output(index) for index in range(3)]
+        lines = {run.error_line(index) for index in range(3)}
+        outputs = [run.output(index) for index in range(3)]
+    (line,) = lines
+    first, second, third = (rf"process {index} \(host {HOST}\)" for index in range(3))
+    print_ = "[0-9a-f]{12}"
+    assert line.startswith("error: the processes do not agree: ")
+    assert re.search(rf"train\.num_steps is 11 in {second} but 10 in {first}", line), line
+    assert re.search(rf"the token store store is ({print_}) in {second} but (?!\1){print_} in {first}", line), line
+    assert re.search(rf"the code of intttrain is ({print_}) in {third} but (?!\1){print_} in {first}", line), line
+    assert not any("Compiling" in output for output in outputs) and not workdir.exists()
+
+
+def test_one_process_is_asked_to_stop_and_later_killed(world: World, tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
+    flags = ("--config.train.num_steps=1000000", "--config.train.checkpoint.every_steps=1000000")
+    commands = [command(world, workdir, *flags)] * 2
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+    }
+
+    def logged() -> int:
+        metrics = workdir / "metrics.jsonl"
+        return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+
+    with processes(tmp_path, commands, [cache] * 2) as run:
+        run.wait_until(lambda: logged() > 3)
+        run.all[1].send_signal(signal.SIGTERM)
+        assert [run.status(0), run.status(1)] == [128 + signal.SIGTERM] * 2, run.output(1)
+        (stopped,) = steps(workdir)
+        assert f"stopped at step {stopped} of" in run.output(0)
+        assert stopped > 3
+
+    with processes(tmp_path, commands, [cache] * 2) as run:
+        run.wait_until(lambda: logged() > stopped + 3)
+        assert f"resumed at step {stopped}" in run.output(0)
+        run.all[1].send_signal(signal.SIGKILL)
+        assert run.status(0) == LOST_STATUS, run.output(0)
+        line, output = run.error_line(0), run.output(0)
+    found = re.match(rf"error: process 1 \(host {HOST}\) was lost after step (\d+); start the same command", line)
+    assert found is not None and int(found[1]) >= stopped, line
+    assert "Traceback" not in output
+    assert steps(workdir) == [stopped]

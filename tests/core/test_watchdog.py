@@ -1,0 +1,268 @@
+"""Who is lost, who decides it, and that nobody waits forever: the rules with a clock by hand, then real processes."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from intttrain.core import watchdog as module
+from intttrain.core.errors import UserError
+from intttrain.core.verdict import FINISHED, TRAINING, Judge, Verdict
+from intttrain.core.watchdog import LONG_PHASE, LOST_STATUS, Timing, Watchdog
+from tests.processes import processes
+
+HOST = socket.gethostname()
+WATCHED = str(Path(__file__).parent / "watched.py")
+
+
+class Shelf:
+    """The store of three processes, seen by process ``index``."""
+
+    def __init__(self, index: int = 0, documents: dict[tuple[str, int], dict[str, Any]] | None = None) -> None:
+        self.index, self.count = index, 3
+        self.documents = {} if documents is None else documents
+
+    def put(self, folder: str, document: Mapping[str, Any]) -> None:
+        self.documents[folder, self.index] = dict(document)
+
+    def get(self, folder: str, index: int, timeout_s: float) -> dict[str, Any]:
+        if (folder, index) not in self.documents:
+            raise TimeoutError
+        return self.documents[folder, index]
+
+    def all(self, folder: str) -> dict[int, dict[str, Any]]:
+        return {index: document for (name, index), document in self.documents.items() if name == folder}
+
+
+class Run:
+    """Three processes on hosts a, b, c, and the judge of process 0, who looks once a second."""
+
+    def __init__(self) -> None:
+        self.shelf, self.now, self.count = Shelf(), 0.0, 0
+        self.judge = Judge(self.shelf, settle_s=10.0, silence_s=80.0, clock=lambda: self.now)
+
+    def beat(self, *indices: int, step: int = 7, phase: str = TRAINING) -> None:
+        self.count += 1
+        for index in indices:
+            document = {"host": "abc"[index], "step": step, "phase": phase, "count": self.count}
+            self.shelf.documents["beat", index] = document
+
+    def fail(self, index: int, line: str = "connection closed", kind: str = "error", step: int = 7) -> None:
+        self.shelf.documents["failure", index] = {"host": "abc"[index], "step": step, "kind": kind, "line": line}
+
+    def look(self, seconds: int, *alive: int) -> Verdict | None:
+        """Lets some processes go on beating, and returns the first verdict."""
+        for _ in range(seconds):
+            self.now += 1
+            self.beat(*alive)
+            if (verdict := self.judge.decide()) is not None:
+                return verdict
+        return None
+
+
+@pytest.fixture
+def run() -> Run:
+    run = Run()
+    run.beat(0, 1, 2)
+    assert run.look(3, 0, 1, 2) is None
+    return run
+
+
+def test_who_stops_beating_when_another_fails_is_lost(run: Run) -> None:
+    run.fail(0)
+    assert run.look(9, 0, 2) is None
+    verdict = run.look(3, 0, 2)
+    assert verdict is not None
+    assert (verdict.together, verdict.lost, verdict.failed) == (False, [1], [0])
+    assert verdict.line.startswith("process 1 (host b) was lost after step 7; start the same command")
+
+
+def test_one_that_beats_again_is_not_lost(run: Run) -> None:
+    """Held up for a while, by garbage collection or a compiler that keeps Python waiting."""
+    run.fail(0)
+    assert run.look(8, 0, 2) is None
+    verdict = run.look(5, 0, 1, 2)
+    assert verdict is not None and verdict.lost == []
+    assert verdict.line.startswith("process 0 (host a) failed after step 7: connection closed; start")
+
+
+def test_one_that_has_finished_or_never_began(run: Run) -> None:
+    del run.shelf.documents["beat", 2]
+    run.beat(1, phase=FINISHED)
+    run.fail(0)
+    verdict = run.look(12, 0)
+    assert verdict is not None and verdict.lost == [2]
+    assert verdict.line.startswith("process 2 (host unknown) was lost")
+
+
+def test_several_lost(run: Run) -> None:
+    run.fail(0)
+    verdict = run.look(12, 0)
+    assert verdict is not None
+    assert verdict.line.startswith("processes 1 (host b), 2 (host c) were lost after step 7; ")
+
+
+def test_all_fail_together_without_waiting(run: Run) -> None:
+    for index in range(3):
+        run.fail(index)
+    verdict = run.look(1, 0, 1, 2)
+    assert verdict is not None and verdict.together and verdict.lost == []
+
+
+def test_silence_while_training_is_noticed_without_a_failure(run: Run) -> None:
+    assert run.look(79, 0, 1) is None
+    verdict = run.look(3, 0, 1)
+    assert verdict is not None and verdict.lost == [2]
+
+
+def test_silence_while_compiling_is_not(run: Run) -> None:
+    run.beat(2, phase="compiling")
+    assert run.look(500, 0, 1) is None
+
+
+def test_a_hang_says_where_everybody_is(run: Run) -> None:
+    for index in range(3):
+        run.fail(index, "nothing finished for 600 s while training after step 7", kind="hang")
+    run.beat(2, step=6)
+    verdict = run.judge.decide()
+    assert verdict is not None and verdict.together
+    assert verdict.line.startswith(
+        "nothing finished for 600 s while training after step 7; process 2 (host c) training after step 6, processes "
+        "0 (host a), 1 (host b) training after step 7; start"
+    )
+
+
+# --- one process ---------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    now = 1000.0
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
+    clock = Clock()
+    monkeypatch.setattr(module, "monotonic", lambda: clock.now)
+    yield clock
+
+
+def ended(dog: Watchdog, left: list[int]) -> bool:
+    try:
+        dog.look()
+    except SystemExit:
+        assert left == [LOST_STATUS]
+        return True
+    assert left == []
+    return False
+
+
+def test_a_step_has_the_limit_and_everything_else_longer(clock: Clock, capfd: pytest.CaptureFixture[str]) -> None:
+    left: list[int] = []
+    dog = Watchdog(60, None, leave=left.append)
+    clock.now += 60 * LONG_PHASE - 1  # starting and compiling
+    assert not ended(dog, left)
+    dog.beat(1)
+    clock.now += 59
+    assert not ended(dog, left)
+    dog.enter("saving")
+    clock.now += 60 * LONG_PHASE - 1
+    assert not ended(dog, left)
+    dog.beat(2)
+    assert capfd.readouterr().err == ""
+    clock.now += 61
+    assert ended(dog, left)
+    text = capfd.readouterr().err
+    assert f"watchdog: process 0 (host {HOST}): nothing finished for 60 s while training after step 2" in text
+    assert "test_a_step_has_the_limit" in text, "the stack"
+    assert text.splitlines()[-1].startswith("error: nothing finished for 60 s while training after step 2; start")
+
+
+def test_no_limit(clock: Clock) -> None:
+    dog = Watchdog(None, None, leave=lambda status: pytest.fail(f"left with {status}"))
+    dog.beat(1)
+    clock.now += 1e6
+    dog.look()
+
+
+def test_process_0_that_does_not_answer(clock: Clock, capfd: pytest.CaptureFixture[str]) -> None:
+    left: list[int] = []
+    dog = Watchdog(None, Shelf(1), timing=Timing(silence_s=80.0, linger_s=0.0), leave=left.append)
+    clock.now += 100
+    assert not ended(dog, left), "while it starts, JAX has a time-out of its own"
+    dog.beat(1)
+    assert ended(dog, left)
+    assert "error: process 0 (host unknown) has not answered for 100 s" in capfd.readouterr().err
+
+
+def test_the_last_beat_says_that_it_is_finished() -> None:
+    shelf = Shelf(1)
+    with Watchdog(None, shelf, timing=Timing(beat_s=0.01)) as dog:
+        dog.beat(5)
+    assert shelf.documents["beat", 1]["phase"] == FINISHED and shelf.documents["beat", 1]["step"] == 5
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+def test_an_exception_of_all_processes_comes_through(guarded: bool) -> None:
+    shelf = Shelf(0)
+    for index in (1, 2):
+        shelf.documents["failure", index] = {"host": "b", "step": 0, "kind": "error", "line": "too large"}
+    with (
+        pytest.raises(UserError, match="too large"),
+        Watchdog(None, shelf, timing=Timing(beat_s=0.01, look_s=0.01)) as dog,
+    ):
+        if guarded:
+            with dog.guard():
+                raise UserError("too large")
+        raise UserError("too large")
+
+
+# --- processes -----------------------------------------------------------------------------------------------------
+
+
+def test_killed(tmp_path: Path) -> None:
+    with processes(tmp_path, [(WATCHED, "600", "0")] * 2) as run:
+        run.wait_until(lambda: "finished 5\n" in run.output(0))
+        run.all[1].send_signal(signal.SIGKILL)
+        assert run.status(0) == LOST_STATUS
+        assert run.error_line(0).startswith(f"error: process 1 (host {HOST}) was lost after step ")
+        assert "Traceback" not in run.output(0)
+
+
+def test_process_0_killed(tmp_path: Path) -> None:
+    with processes(tmp_path, [(WATCHED, "600", "0")] * 3) as run:
+        run.wait_until(lambda: all("finished 5\n" in run.output(index) for index in range(3)))
+        run.all[0].send_signal(signal.SIGKILL)
+        for index in (1, 2):
+            assert run.status(index) == LOST_STATUS
+            assert run.error_line(index).startswith(
+                f"error: process 0 (host {HOST}), which coordinates, was lost after step "
+            )
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_standing_still(stopped: int, tmp_path: Path) -> None:
+    with processes(tmp_path, [(WATCHED, "10", "0")] * 2) as run:
+        run.wait_until(lambda: all("finished 5\n" in run.output(index) for index in range(2)))
+        run.all[stopped].send_signal(signal.SIGSTOP)
+        other = 1 - stopped
+        assert run.status(other) == LOST_STATUS
+        line = run.error_line(other)
+        what = "does not answer" if stopped == 0 else "was lost after step"
+        assert line.startswith(f"error: process {stopped} (host {HOST}) {what}")
+        text = run.output(other)
+        assert f"watchdog: process {other} (host {HOST}): nothing finished for 10 s while training" in text
+        assert 'watched.py", line' in text, "the stack of the main thread"
+
+
+def test_failing_alone(tmp_path: Path) -> None:
+    """The others wait in a collective and would not learn of it."""
+    with processes(tmp_path, [(WATCHED, "600", "5")] * 2) as run:
+        assert [run.status(0), run.status(1)] == [LOST_STATUS, 2]
+        assert run.error_line(1) == "error: the disk of this host is full"
+        line = run.error_line(0)
+    assert line.startswith(f"error: process 1 (host {HOST}) failed after step 5: the disk of this host is full; start")
