@@ -20,7 +20,7 @@ from absl import flags
 
 from intttrain.app.cli import COMMANDS
 from intttrain.core import config as config_module
-from intttrain.core import config_eval
+from intttrain.core import config_eval, config_train
 from intttrain.core.config import Config, default_config, resolve
 from intttrain.train.compatibility import FREE_TO_CHANGE
 
@@ -29,7 +29,7 @@ DOCS = REPO / "docs"
 PAGES = sorted(DOCS.rglob("*.md")) + [page for page in (REPO / "README.md", REPO / "CONTRIBUTING.md") if page.exists()]
 MAX_PAGE_LINES = 200
 GROWING = ("log.md", "config.md")  # a line for every experiment, and for every setting
-SECTIONS = {**vars(config_module), **vars(config_eval)}
+SECTIONS = {**vars(config_module), **vars(config_eval), **vars(config_train)}
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPO)))
 
