@@ -18,8 +18,11 @@ from intttrain.core.distributed import process_index, start_distributed
 from intttrain.core.dotted import flatten
 from intttrain.core.errors import UserError
 from intttrain.core.files import write_json
+from intttrain.core.goodput import GOODPUT_FILE
+from intttrain.core.metrics import METRICS_FILE
 from intttrain.core.progress import human_count
 from intttrain.core.stages import make_stages
+from intttrain.core.workdir import Workdir, make_place
 from intttrain.data import prepare
 from intttrain.interop import export_model
 
@@ -90,10 +93,10 @@ def train_model(values: flags.FlagValues) -> int:
     config = resolve(values.config)
     start_distributed()
     first = process_index() == 0
+    place, tell = make_place(values.workdir), report if first else lambda _: None
     try:
-        result = train(
-            config, Path(values.workdir), stop_at_step=values.stop_at_step, report=report if first else lambda _: None
-        )
+        with Workdir(place, (METRICS_FILE, GOODPUT_FILE), report) as workdir:
+            result = train(config, workdir, stop_at_step=values.stop_at_step, report=tell)
     except UnhealthyStepsError as error:
         report(f"error: {error}")
         return 3
@@ -102,7 +105,7 @@ def train_model(values: flags.FlagValues) -> int:
         return status
     loss = f", loss {result.metrics['loss']:.4f}" if "loss" in result.metrics else ""
     if result.finished:
-        print(f"finished at step {result.step}{loss}; checkpoint in {Path(values.workdir) / 'checkpoints'}")
+        print(f"finished at step {result.step}{loss}; checkpoint in {place / 'checkpoints'}")
     else:
         print(f"stopped at step {result.step} of {config.train.num_steps}{loss}; saved: run the same command to go on")
     _finish(values, {"step": result.step, "finished": result.finished, "metrics": result.metrics})
@@ -152,7 +155,7 @@ def _planned_stage(config: Config, number: int | None) -> Config:
 
 def export_checkpoint(values: flags.FlagValues) -> int:
     """Writes a Hugging Face folder."""
-    trained = load_trained(Path(values.workdir), values.step)
+    trained = load_trained(make_place(values.workdir), values.step)
     result = export_model(
         jax.device_get(trained.params), trained.config.model, Path(values.output), dtype=values.dtype,
         tokenizer_files=trained.tokenizer.files(), end_of_document=trained.tokenizer.end_of_document,

@@ -8,7 +8,6 @@ import math
 import signal
 import types
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import cast
 
 from intttrain.app.live import LiveEvaluation
@@ -24,6 +23,7 @@ from intttrain.core.metrics import MetricWriters, make_metric_writers
 from intttrain.core.progress import StepTimer, human_count
 from intttrain.core.sharding import check_evaluation
 from intttrain.core.stages import Stage, make_stages, stage_after
+from intttrain.core.workdir import Workdir
 from intttrain.data import Batch, make_batches, make_row_dataset
 from intttrain.train import (
     Checkpoints,
@@ -55,7 +55,7 @@ class TrainResult:
     metrics: dict[str, float]
 
 
-def train(config: Config, workdir: Path, *, stop_at_step: int | None, report: Callable[[str], None]) -> TrainResult:
+def train(config: Config, workdir: Workdir, *, stop_at_step: int | None, report: Callable[[str], None]) -> TrainResult:
     """Trains up to ``train.num_steps``, from the newest checkpoint of ``workdir`` if there is one.
 
     Args:
@@ -73,11 +73,11 @@ def train(config: Config, workdir: Path, *, stop_at_step: int | None, report: Ca
     programs = [_make_program(stage) for stage in stages]  # compiles nothing: what does not fit is refused here
     identity = make_identity(config)
     evaluation = LiveEvaluation(config, report)
-    on_first_process(lambda: claim_workdir(workdir, identity))
+    on_first_process(lambda: claim_workdir(workdir.place, identity))
     with (
         _Interrupts(config) as interrupts,
-        Checkpoints(workdir / "checkpoints", config.train.checkpoint) as checkpoints,
-        StepProfile(config.train.profile_steps, workdir, report) as profile,
+        Checkpoints(str(workdir.place / "checkpoints"), config.train.checkpoint) as checkpoints,
+        StepProfile(config.train.profile_steps, workdir.folder, report) as profile,
     ):
         stage = stage_after(stages, checkpoints.latest_step() or 0)
         program = programs[stage.number - 1]
@@ -86,8 +86,9 @@ def train(config: Config, workdir: Path, *, stop_at_step: int | None, report: Ca
         start = step = int(state["step"])
         last = config.train.num_steps if stop_at_step is None else min(stop_at_step, config.train.num_steps)
         with make_metric_writers(
-            workdir, num_steps=config.train.num_steps, start_step=start, process_index=process_index(),
+            workdir.folder, num_steps=config.train.num_steps, start_step=start, process_index=process_index(),
             stopwatch=stopwatch, wandb_project=config.train.wandb_project, name=config.name,
+            place=workdir.place,
         ) as writers:  # fmt: skip
             log = _Log(stage, writers, report)
             stopwatch.switch("compile")
@@ -113,7 +114,8 @@ def train(config: Config, workdir: Path, *, stop_at_step: int | None, report: Ca
                     batches = _open_batches(stage, program, cursor)
                     continue
                 with log.timer.excluded(), stopwatch.spent_on("checkpoint"):
-                    checkpoints.save(step, dict(state), identity.info(step, cursor, skips.batches), force=ends)
+                    if checkpoints.save(step, dict(state), identity.info(step, cursor, skips.batches), force=ends):
+                        workdir.push_soon()  # a run that is killed then has all metrics before its newest checkpoint
                 if evaluates:
                     with log.timer.excluded(), stopwatch.spent_on("evaluation"):
                         writers.write(step, evaluation.evaluate(step, stage.config, state["params"], program.mesh))
@@ -122,7 +124,7 @@ def train(config: Config, workdir: Path, *, stop_at_step: int | None, report: Ca
             with stopwatch.spent_on("checkpoint"):
                 checkpoints.save(step, dict(state), identity.info(step, cursor, skips.batches), force=True)
                 checkpoints.wait()
-    if goodput := summarise_goodput(workdir / GOODPUT_FILE):
+    if goodput := summarise_goodput(workdir.folder / GOODPUT_FILE):
         report(goodput.line())
     return TrainResult(step, step >= config.train.num_steps, interrupts.received, log.last)
 
