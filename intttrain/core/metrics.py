@@ -116,7 +116,8 @@ def make_metric_writers(
         workdir.mkdir(parents=True, exist_ok=True)
     writers: list[Writer] = []
     if wandb_project is not None:
-        writers.append(WandbWriter(wandb_project, name, workdir, workdir if place is None else place))  # first: it may refuse, and the others open files
+        # First: it may refuse, and the others open files.
+        writers.append(WandbWriter(wandb_project, name, workdir, workdir if place is None else place))
     writers += [
         ConsoleWriter(sys.stdout if stream is None else stream, num_steps),
         JsonlWriter(workdir / METRICS_FILE, start_step),

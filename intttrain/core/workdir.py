@@ -17,13 +17,13 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from etils import epath
 
 from intttrain.core.errors import UserError
 
-Place = Path | epath.Path  # local, or in a bucket
+Place: TypeAlias = Path | epath.Path  # local, or in a bucket
 PUSH_EVERY_S = 60.0
 
 

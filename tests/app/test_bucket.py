@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -10,13 +11,13 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import pytest
 
-from intttrain.core import workdir as workdirs
-from intttrain.core.metrics import read_metrics
-from intttrain.core.workdir import make_place
+from intttrain.core.workdir import Workdir, make_place
+from intttrain.train import Checkpoints
 from tests.app.fake_gcs import FakeGcs, served
-from tests.app.small import BATCH_ROWS, NUM_STEPS, World, assert_same_state, cli, done, error_line, metrics
+from tests.app.small import NUM_STEPS, World, assert_same_state, cli, config_of, done, error_line, metrics
 
 pytest.importorskip("gcsfs")
 RUN = "gs://bucket/runs/small"
@@ -52,11 +53,12 @@ def test_stopped_resumed_evaluated_generated_exported(
     line = done("train", world.config, FLAG, "--stop_at_step=5").out.splitlines()[-1]
     assert line.startswith("stopped at step 5")
     assert gcs.steps("runs/small/") == [4, 5]
+    cache = jax.config.jax_compilation_cache_dir
     # A process of its own, which knows only what is in the bucket.
     again = subprocess.run(
         [sys.executable, "-m", "intttrain", "train", world.config, FLAG],
         capture_output=True, text=True, timeout=300, check=False,
-        env=os.environ | {"TMPDIR": str(tmp_path / "local"), "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")},
+        env=os.environ | {"TMPDIR": str(tmp_path / "local"), "JAX_COMPILATION_CACHE_DIR": str(cache)},
     )  # fmt: skip
     assert again.returncode == 0, again.stderr
     assert "resumed at step 5" in again.stderr and again.stdout.endswith(f"checkpoint in {RUN}/checkpoints\n"), again
@@ -85,3 +87,86 @@ def test_stopped_resumed_evaluated_generated_exported(
     content = tmp_path / "twin.json"
     done("eval", world.config, f"--workdir={run}", "--dense_workdir=gs://bucket/dense", f"--json={content}")
     assert "dense" in json.dumps(json.loads(content.read_text()))
+
+
+def test_other_peoples_folders_are_refused(gcs: FakeGcs, world: World, straight: Path, tmp_path: Path) -> None:
+    gcs.put("runs/small/notes/today.txt", b"not a run")
+    line = error_line(cli("train", world.config, FLAG))
+    assert f"--workdir={RUN} is not empty and holds no config.json" in line
+    assert gcs.names() == ["runs/small/notes/today.txt"]
+    assert f"--workdir={RUN} holds no run" in error_line(cli("generate", FLAG, "--prompt=a"))
+
+    gcs.clear()
+    gcs.put("runs/small/config.json", (straight / "config.json").read_bytes())
+    line = error_line(cli("train", world.config, FLAG, "--config.model.ttt.eta=0.2"))
+    assert "model.ttt.eta" in line and "0.3" in line and "0.2" in line
+    assert gcs.names() == ["runs/small/config.json"]
+
+    gcs.clear()
+    line = error_line(cli("train", world.config, "--workdir=gs://elsewhere/run"))
+    assert "--workdir=gs://elsewhere/run cannot be read" in line and "credentials" in line
+    assert not list((tmp_path / "local").iterdir())
+
+
+def test_a_library_that_is_missing_is_named(gcs: FakeGcs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    line = error_line(cli("generate", FLAG, "--prompt=a"))
+    assert "gcsfs" in line and "pip install 'intttrain[gcs]'" in line
+
+
+def test_training_goes_on_when_files_cannot_be_copied(gcs: FakeGcs, world: World, straight: Path) -> None:
+    gcs.broken = r"\.jsonl|tensorboard"
+    outcome = cli("train", world.config, FLAG)
+    line = error_line(outcome, after_other_lines=True)
+    assert f"files of {RUN} could not be copied there and are kept in " in line and "uploads are broken" in line
+    assert outcome.err.count("warning: ") == 1, "once"
+    assert gcs.steps("runs/small/")[-1] == NUM_STEPS
+    kept = Path(line.split(" are kept in ")[1].split(":")[0])
+    assert metrics(kept) == metrics(straight)
+
+
+def test_a_failure_of_the_run_is_the_one_to_report(gcs: FakeGcs, tmp_path: Path) -> None:
+    lines: list[str] = []
+    with pytest.raises(ZeroDivisionError), Workdir(make_place(RUN), (), lines.append) as workdir:
+        (workdir.folder / "metrics.jsonl").write_text("1")
+        (workdir.folder / ".part").write_text("not finished")
+        gcs.broken = "metrics"
+        raise ZeroDivisionError
+    assert "uploads are broken" in lines[-1] and str(workdir.folder) in lines[-1]
+    gcs.broken = None
+    with pytest.raises(ZeroDivisionError), Workdir(make_place(RUN), (), lines.append) as workdir:
+        (workdir.folder / "metrics.jsonl").write_text("2")
+        (workdir.folder / ".part").write_text("not finished")
+        raise ZeroDivisionError
+    assert gcs.objects == {"runs/small/metrics.jsonl": b"2"} and len(lines) <= 2
+    assert not workdir.folder.exists()
+
+
+def test_only_what_changed_is_copied_and_what_was_pulled_counts(gcs: FakeGcs) -> None:
+    for name in ("metrics.jsonl", "eval/8/positions.json", "checkpoints/8/params/d/0"):
+        gcs.put(f"runs/small/{name}", b"x" * 10)
+    before = dict(gcs.generations)
+    with Workdir(make_place(RUN), ("metrics.jsonl", "goodput.jsonl", "eval"), print) as workdir:
+        found = sorted(str(path.relative_to(workdir.folder)) for path in workdir.folder.rglob("*") if path.is_file())
+        assert found == ["eval/8/positions.json", "metrics.jsonl"]
+        with (workdir.folder / "metrics.jsonl").open("a") as file:
+            file.write("y")
+    changed = [name for name, generation in gcs.generations.items() if before[name] != generation]
+    assert changed == ["runs/small/metrics.jsonl"] and gcs.objects[changed[0]] == b"x" * 10 + b"y"
+
+
+def test_an_unfinished_checkpoint_does_not_count(gcs: FakeGcs, world: World, straight: Path) -> None:
+    for path in straight.rglob("*"):
+        if path.is_file() and path.relative_to(straight).parts[:2] in {("checkpoints", "4"), ("config.json",)}:
+            gcs.put(f"runs/small/{path.relative_to(straight)}", path.read_bytes())
+    folder, config = f"{RUN}/checkpoints", config_of(straight).train.checkpoint
+    make_place(RUN)
+    with Checkpoints(folder, config, read_only=True) as checkpoints:
+        assert checkpoints.steps() == []  # everything is there, but not the mark
+        gcs.put("runs/small/checkpoints/4/commit_success.txt", b"")
+        assert checkpoints.steps() == [4]  # seen by a program that looked before
+    del gcs.objects["runs/small/checkpoints/4/commit_success.txt"]
+    assert "holds no checkpoint yet" in error_line(cli("generate", FLAG, "--prompt=a"))
+    assert "new run" in done("train", world.config, FLAG, "--stop_at_step=1").err
+    assert gcs.steps("runs/small/") == [1]
+    assert not gcs.names("runs/small/checkpoints/4/"), "a training run removes it"
