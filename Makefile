@@ -28,7 +28,7 @@ base   := $(VENV)/.installed-base
 full   := $(VENV)/.installed-full
 log    := $(VENV)/pip.log
 # A variable, because a comma would end the argument of $(call).
-everything := '.[code,dev,hf,ruler,tf,tpu]'
+everything := '.[code,dev,gcs,hf,ruler,tf,tpu]'
 
 help:
 	@echo "make demo     train a small model and its dense twin on this machine and compare them"

@@ -116,7 +116,7 @@ install() {
     call tar -czf "$archive" -C "$(cd "$(dirname "$0")/.." && pwd)" --exclude=__pycache__ \
         intttrain configs launch pyproject.toml README.md LICENSE
     script="set -eu; mkdir -p ~/intttrain; cd ~/intttrain; tar -xzf ~/intttrain.tar.gz; rm ~/intttrain.tar.gz
-$(printf '%q' "$python") -m venv venv; venv/bin/python -m pip install --quiet --upgrade '.[tpu]'
+$(printf '%q' "$python") -m venv venv; venv/bin/python -m pip install --quiet --upgrade '.[tpu,gcs]'
 echo \"\$(hostname): installed\""
     for name in "${names[@]}"; do
         call gcloud compute tpus tpu-vm scp "$archive" "$name:intttrain.tar.gz" "${where[@]}" --worker=all

@@ -27,6 +27,7 @@ os.environ.update(
     TRANSFORMERS_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",
     MPLBACKEND="Agg",
+    EPATH_USE_TF="false",  # Orbax would load TensorFlow for gs://
     OMP_NUM_THREADS="1",  # torch: with shapes this small, threads of several workers only wait for each other
 )
 

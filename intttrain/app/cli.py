@@ -84,11 +84,11 @@ def _dispatch(arguments: Sequence[str]) -> int:
 
 
 def _check_places(values: flags.FlagValues) -> None:
-    for flag in PLACES:
+    for flag in LOCAL:
         if flag in values and "://" in (values[flag].value or ""):
             raise UserError(
-                f"--{flag}={values[flag].value} is a URL, and only folders are read and written; mount the bucket on "
-                "every host, for example with gcsfuse, and name the folder"
+                f"--{flag}={values[flag].value} is a URL, and only --workdir and --dense_workdir may be in a bucket; "
+                "name a local folder, or mount the bucket"
             )
 
 
@@ -234,10 +234,10 @@ def _command(name: str, module: str = "commands") -> Command:
     return call
 
 
-PLACES = ("workdir", "dense_workdir", "output", "ruler_data", "hlo", "json")
+LOCAL = ("output", "ruler_data", "hlo", "json")
 TASKS = ("positions", "context", "calibrate", "gating", "ruler", "code")  # app/evaluate.py::TASKS
 
-_WORKDIR = _string("workdir", "folder of the run", required=True)
+_WORKDIR = _string("workdir", "folder of the run, local or gs://BUCKET/FOLDER", required=True)
 _OUTPUT = _string("output", "folder to create", required=True)
 _STEP = _integer("step", None, "checkpoint step (default: the newest)")
 

@@ -20,9 +20,12 @@ from intttrain.core.distributed import process_index, start_distributed
 from intttrain.core.dotted import flatten
 from intttrain.core.errors import UserError
 from intttrain.core.files import write_json
+from intttrain.core.goodput import GOODPUT_FILE
+from intttrain.core.metrics import METRICS_FILE
 from intttrain.core.progress import human_count
 from intttrain.core.stages import make_stages
 from intttrain.core.watchdog import Watchdog
+from intttrain.core.workdir import Workdir, make_place
 from intttrain.data import prepare
 from intttrain.interop import export_model
 
@@ -91,25 +94,23 @@ def _plain(value: Any) -> Any:
 def train_model(values: flags.FlagValues) -> int:
     """Trains; the status tells whether the run was interrupted or met a step that is not finite."""
     config = resolve(values.config)
-    workdir = Path(values.workdir)
+    place = make_place(values.workdir)
     start_distributed()
     try:
         with Watchdog(config.train.watchdog_seconds, open_key_value_store()) as watchdog:
-            check_hosts(config, workdir)
-            first = process_index() == 0
-            result = train(
-                config, workdir, stop_at_step=values.stop_at_step, watchdog=watchdog,
-                report=report if first else lambda _: None,
-            )  # fmt: skip
+            check_hosts(config, place)
+            tell = report if process_index() == 0 else lambda _: None
+            with Workdir(place, (METRICS_FILE, GOODPUT_FILE), report) as workdir:
+                result = train(config, workdir, stop_at_step=values.stop_at_step, watchdog=watchdog, report=tell)
     except UnhealthyStepsError as error:
         report(f"error: {error}")
         return 3
     status = 0 if result.signal_number is None else 128 + result.signal_number
-    if not first:
+    if process_index() != 0:
         return status
     loss = f", loss {result.metrics['loss']:.4f}" if "loss" in result.metrics else ""
     if result.finished:
-        print(f"finished at step {result.step}{loss}; checkpoint in {workdir / 'checkpoints'}")
+        print(f"finished at step {result.step}{loss}; checkpoint in {place / 'checkpoints'}")
     else:
         print(f"stopped at step {result.step} of {config.train.num_steps}{loss}; saved: run the same command to go on")
     _finish(values, {"step": result.step, "finished": result.finished, "metrics": result.metrics})
@@ -159,7 +160,7 @@ def _planned_stage(config: Config, number: int | None) -> Config:
 
 def export_checkpoint(values: flags.FlagValues) -> int:
     """Writes a Hugging Face folder."""
-    trained = load_trained(Path(values.workdir), values.step)
+    trained = load_trained(make_place(values.workdir), values.step)
     result = export_model(
         jax.device_get(trained.params), trained.config.model, Path(values.output), dtype=values.dtype,
         tokenizer_files=trained.tokenizer.files(), end_of_document=trained.tokenizer.end_of_document,

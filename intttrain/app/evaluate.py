@@ -19,13 +19,14 @@ from intttrain.app.runs import Trained, load_trained
 from intttrain.core.config import Config, ModelConfig, check_consistent, resolve
 from intttrain.core.config_eval import GateConfig
 from intttrain.core.coordination import open_key_value_store
-from intttrain.core.distributed import process_index, start_distributed
+from intttrain.core.distributed import process_count, process_index, start_distributed
 from intttrain.core.errors import UserError
 from intttrain.core.files import write_json
 from intttrain.core.mesh import make_mesh
 from intttrain.core.sharding import check_evaluation
 from intttrain.core.stages import make_stages, stage_before
 from intttrain.core.watchdog import Watchdog
+from intttrain.core.workdir import Place, Workdir, make_place
 from intttrain.data import Batch, TokenStore, document_rows
 from intttrain.evals import Complete, Completer, evaluate_ruler, evaluate_run, prepare_ruler, study_gates
 from intttrain.evals.code import evaluate_code
@@ -49,7 +50,7 @@ class _Run:
       trained: checkpoint and tokenizer.
       mesh: over all devices.
       dense: model and parameters of ``--dense_workdir``.
-      folder: of results of this checkpoint, WORKDIR/eval/STEP.
+      workdir: of the run.
       values: the flags.
     """
 
@@ -57,8 +58,13 @@ class _Run:
     trained: Trained
     mesh: jax.sharding.Mesh
     dense: tuple[ModelConfig, Params] | None
-    folder: Path
+    workdir: Workdir
     values: flags.FlagValues
+
+    @property
+    def folder(self) -> Path:
+        """Of results of this checkpoint, WORKDIR/eval/STEP."""
+        return self.workdir.folder / "eval" / str(self.trained.step)
 
     @property
     def settings(self) -> dict[str, str | int | float | bool | None]:
@@ -97,36 +103,39 @@ class _Run:
         content = {"step": self.trained.step, **result.to_json()}
         write_json(folder / f"{file}.json", content)
         for picture in plot(folder) if plot is not None else []:
-            print(f"plot {folder / picture}")
-        print(f"json {folder / f'{file}.json'}")
+            print(f"plot {self.workdir.name(folder / picture)}")
+        print(f"json {self.workdir.name(folder / f'{file}.json')}")
+        self.workdir.push_soon()
         if self.values.json:
             write_json(Path(self.values.json), content)
 
 
 def evaluate_model(values: flags.FlagValues) -> int:
     """Evaluates a checkpoint, or with ``--follow`` each as it appears, and writes into WORKDIR/eval/STEP."""
-    config, workdir = resolve(values.config), Path(values.workdir)
+    config, place = resolve(values.config), make_place(values.workdir)
     _check_follow(values)
     start_distributed()
     with Watchdog(None, open_key_value_store()):  # tasks take as long as they take
-        check_hosts(config, workdir)
-        _evaluate_run(config, workdir, values)
+        check_hosts(config, place)
+        _evaluate_run(config, place, values)
     return 0
 
 
-def _evaluate_run(config: Config, workdir: Path, values: flags.FlagValues) -> None:
+def _evaluate_run(config: Config, place: Place, values: flags.FlagValues) -> None:
     mesh = make_mesh(config.mesh)
 
     def load(step: int | None) -> Trained:
-        return load_trained(workdir, step, mesh=mesh)
+        return load_trained(place, step, mesh=mesh)
 
-    def evaluate(trained: Trained) -> None:
-        _evaluate(config, trained, mesh, values)
+    with Workdir(place, ("eval",), report) as workdir:
 
-    if values.follow:
-        follow_run(workdir, values.task, load, evaluate, report)
-    else:
-        evaluate(load(values.step))
+        def evaluate(trained: Trained) -> None:
+            _evaluate(config, trained, mesh, workdir, values)
+
+        if values.follow:
+            follow_run(place, values.task, load, evaluate, report)
+        else:
+            evaluate(load(values.step))
 
 
 def _check_follow(values: flags.FlagValues) -> None:
@@ -138,7 +147,9 @@ def _check_follow(values: flags.FlagValues) -> None:
             )
 
 
-def _evaluate(config: Config, trained: Trained, mesh: jax.sharding.Mesh, values: flags.FlagValues) -> None:
+def _evaluate(
+    config: Config, trained: Trained, mesh: jax.sharding.Mesh, workdir: Workdir, values: flags.FlagValues
+) -> None:
     """Evaluates what was read with the model of the run and everything else of the command."""
     if trained.config.model != stage_before(make_stages(config), trained.step).config.model:
         report("note: the model is the one in --workdir; model.* of --config is not used")
@@ -149,9 +160,8 @@ def _evaluate(config: Config, trained: Trained, mesh: jax.sharding.Mesh, values:
     check_evaluation(config, mesh)
     dense = None
     if values.dense_workdir is not None:
-        dense = _load_twin(trained, Path(values.dense_workdir), mesh)
-    folder = Path(values.workdir) / "eval" / str(trained.step)
-    TASKS[values.task](_Run(config, trained, mesh, dense, folder, values))
+        dense = _load_twin(trained, make_place(values.dense_workdir, "--dense_workdir"), mesh)
+    TASKS[values.task](_Run(config, trained, mesh, dense, workdir, values))
 
 
 def _positions(run: _Run) -> None:
@@ -212,6 +222,11 @@ def _calibrate(run: _Run) -> None:
 
 
 def _ruler(run: _Run) -> None:
+    if not isinstance(run.workdir.place, Path) and process_count() > 1 and not run.values.ruler_data:
+        raise UserError(
+            f"--workdir={run.workdir.place} gives every process a folder of its own, and all of {process_count()} read "
+            "the samples of RULER; name a folder that all of them see with --ruler_data"
+        )
     sets = prepare_ruler(
         run.config.eval.ruler, run.config.prepare.tokenizer, Path(run.values.ruler_data or run.folder / "ruler"),
         max_length=None, report=report,
@@ -286,7 +301,7 @@ def free_folder(wanted: Path) -> Path:
     return folder
 
 
-def _load_twin(trained: Trained, workdir: Path, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
+def _load_twin(trained: Trained, workdir: Place, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
     """Returns model section and parameters of the dense run after checking that a comparison makes sense."""
     twin = load_trained(workdir, None, flag="--dense_workdir", mesh=mesh)
     if twin.config.model.ttt is not None:

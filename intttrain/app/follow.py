@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
@@ -12,6 +11,7 @@ from intttrain.app.runs import Trained, has_run, last_step
 from intttrain.core.agreement import decided_by_first, largest
 from intttrain.core.config_train import CheckpointConfig
 from intttrain.core.errors import UserError
+from intttrain.core.workdir import Place
 from intttrain.train import Checkpoints
 
 POLL_S = 10.0
@@ -21,7 +21,7 @@ Report = Callable[[str], None]
 
 
 def follow_run(
-    workdir: Path, task: str, load: Callable[[int], Trained], evaluate: Callable[[Trained], None], report: Report
+    workdir: Place, task: str, load: Callable[[int], Trained], evaluate: Callable[[Trained], None], report: Report
 ) -> None:
     """Evaluates every checkpoint of a run once, the newest first, until that of its last step is done.
 
@@ -42,7 +42,7 @@ def follow_run(
     last, done = last_step(workdir), evaluated_steps(workdir / "eval", task)
     if done:
         report(f"{workdir / 'eval'} has {task}.json of step {', '.join(map(str, sorted(done)))} already")
-    with Checkpoints(workdir / "checkpoints", CheckpointConfig(), read_only=True) as checkpoints:
+    with Checkpoints(str(workdir / "checkpoints"), CheckpointConfig(), read_only=True) as checkpoints:
         while (step := _next_step(checkpoints, done, last, report)) != _FINISHED:
             done.add(step)
             trained = _load_unless_removed(checkpoints, step, load)
@@ -52,13 +52,13 @@ def follow_run(
                 evaluate(trained)
 
 
-def evaluated_steps(folder: Path, task: str) -> set[int]:
+def evaluated_steps(folder: Place, task: str) -> set[int]:
     """Returns the steps with results of ``task`` in STEP, STEP-2, ... below ``folder``."""
     names = [path.parent.name.partition("-")[0] for path in folder.glob(f"*/{task}.json")]
     return {int(name) for name in names if name.isdecimal()}
 
 
-def _wait_for_run(workdir: Path, report: Report) -> None:
+def _wait_for_run(workdir: Place, report: Report) -> None:
     told = False
     while not _agreed(int(has_run(workdir))):
         if not told:

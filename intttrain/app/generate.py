@@ -18,6 +18,7 @@ from intttrain.core.errors import UserError
 from intttrain.core.files import write_json
 from intttrain.core.mesh import make_mesh
 from intttrain.core.sharding import pieces_of
+from intttrain.core.workdir import make_place
 from intttrain.evals.completion import TextStream
 from intttrain.model import Generator, Request, Sampling
 
@@ -27,7 +28,7 @@ LONGEST_TALK = 8  # rows of training, as far as an interactive document may grow
 def generate_text(values: flags.FlagValues) -> int:
     """Prints what follows each ``--prompt`` as it is drawn; without one, reads prompts from the terminal."""
     mesh = make_mesh(MeshConfig()) if jax.device_count() > 1 else None
-    trained = load_trained(Path(values.workdir), values.step, mesh=mesh)
+    trained = load_trained(make_place(values.workdir), values.step, mesh=mesh)
     sampling = Sampling(values.temperature, values.top_k, values.top_p, values.seed)
     if not values.prompt:
         return _talk(trained, values, sampling)

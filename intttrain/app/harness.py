@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ from intttrain.core.config import MeshConfig
 from intttrain.core.errors import UserError, did_you_mean
 from intttrain.core.mesh import make_mesh
 from intttrain.core.sharding import pieces_of
+from intttrain.core.workdir import make_place
 from intttrain.evals.context import Condition
 from intttrain.evals.harness import Respondent, register_model
 
@@ -43,7 +43,7 @@ def load_respondent(
     if not str(batch_size).isdigit() or int(batch_size) < 1:
         raise UserError(f"--batch_size={batch_size} is not a number of rows; use for example --batch_size=8")
     mesh = make_mesh(MeshConfig()) if jax.device_count() > 1 else None
-    trained = load_trained(Path(str(workdir)), step, flag="workdir", mesh=mesh)
+    trained = load_trained(make_place(str(workdir), "workdir"), step, flag="workdir", mesh=mesh)
     model = trained.config.model
     eta = model.ttt.eta if model.ttt is not None and update == "on" else 0.0
     pieces = 1 if mesh is None else pieces_of(mesh, "batch")

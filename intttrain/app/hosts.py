@@ -12,11 +12,12 @@ from intttrain.core.config import Config, as_dict
 from intttrain.core.dotted import flatten
 from intttrain.core.errors import UserError
 from intttrain.core.preflight import check_agreement, check_devices, code_fingerprint
+from intttrain.core.workdir import Place
 from intttrain.data import TokenStore, make_tokenizer
 from intttrain.train import package_versions
 
 
-def check_hosts(config: Config, workdir: Path) -> None:
+def check_hosts(config: Config, workdir: Place) -> None:
     """Checks that all processes can do the same; each calls it before it asks for a device.
 
     What is wrong everywhere is left to the command, which says it better.
@@ -29,7 +30,7 @@ def check_hosts(config: Config, workdir: Path) -> None:
         check_devices(hosts)
 
 
-def _facts(config: Config, workdir: Path) -> dict[str, str]:
+def _facts(config: Config, workdir: Place) -> dict[str, str]:
     """Returns what has to be the same everywhere, as text by name."""
     facts = {f"the version of {name}": version for name, version in package_versions().items()}
     facts["the code of intttrain"] = _short(code_fingerprint())
@@ -52,6 +53,8 @@ def _fingerprint(open_it: Callable[[Any], Any], argument: object) -> str:
         return f"unusable ({error})"
 
 
-def _writable(workdir: Path) -> str:
+def _writable(workdir: Place) -> str:
+    if not isinstance(workdir, Path):
+        return "in a bucket"
     nearest = next(path for path in (workdir.absolute(), *workdir.absolute().parents) if path.exists())
     return "writable" if nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK) else f"not writable at {nearest}"

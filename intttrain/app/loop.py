@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import cast
 
 from intttrain.app.interrupts import Interrupts
@@ -24,6 +23,7 @@ from intttrain.core.progress import human_count
 from intttrain.core.sharding import check_evaluation
 from intttrain.core.stages import Stage, make_stages, stage_after
 from intttrain.core.watchdog import Watchdog
+from intttrain.core.workdir import Workdir
 from intttrain.data import Batch, make_batches, make_row_dataset
 from intttrain.train import Checkpoints, Program, TrainState, check_compatible, make_program
 
@@ -46,7 +46,7 @@ class TrainResult:
 
 
 def train(
-    config: Config, workdir: Path, *, stop_at_step: int | None, watchdog: Watchdog, report: Callable[[str], None]
+    config: Config, workdir: Workdir, *, stop_at_step: int | None, watchdog: Watchdog, report: Callable[[str], None]
 ) -> TrainResult:
     """Trains up to ``train.num_steps``, from the newest checkpoint of ``workdir`` if there is one.
 
@@ -66,30 +66,32 @@ def train(
     programs = [_make_program(stage) for stage in stages]  # compiles nothing: what does not fit is refused here
     identity = make_identity(config)
     evaluation = LiveEvaluation(config, report)
-    on_first_process(lambda: claim_workdir(workdir, identity))
+    on_first_process(lambda: claim_workdir(workdir.place, identity))
     with (
         Interrupts(config.train.log_every_steps) as interrupts,
-        Checkpoints(workdir / "checkpoints", config.train.checkpoint) as checkpoints,
-        StepProfile(config.train.profile_steps, workdir, report) as profile,
+        Checkpoints(str(workdir.place / "checkpoints"), config.train.checkpoint) as checkpoints,
+        StepProfile(config.train.profile_steps, workdir.folder, report) as profile,
         watchdog.guard(),
     ):
-        place = _start(config, stages, programs, checkpoints, identity, report)
+        progress = _start(config, stages, programs, checkpoints, identity, report)
         with make_metric_writers(
-            workdir, num_steps=config.train.num_steps, start_step=place.step, process_index=process_index(),
+            workdir.folder, num_steps=config.train.num_steps, start_step=progress.step, process_index=process_index(),
             stopwatch=stopwatch, wandb_project=config.train.wandb_project, name=config.name,
+            place=workdir.place,
         ) as writers:  # fmt: skip
-            log = StepLog(place.stage, writers, report)
+            log = StepLog(progress.stage, writers, report)
             loop = _Loop(
-                stages, programs, place, identity, checkpoints, evaluation, writers, log, profile, stopwatch, watchdog
-            )
+                stages, programs, progress, identity, workdir, checkpoints, evaluation, writers, log, profile,
+                stopwatch, watchdog,
+            )  # fmt: skip
             loop.run(config.train.num_steps if stop_at_step is None else stop_at_step, interrupts)
-    if goodput := summarise_goodput(workdir / GOODPUT_FILE):
+    if goodput := summarise_goodput(workdir.folder / GOODPUT_FILE):
         report(goodput.line())
-    return TrainResult(place.step, place.step >= config.train.num_steps, interrupts.received, log.last)
+    return TrainResult(progress.step, progress.step >= config.train.num_steps, interrupts.received, log.last)
 
 
 @dataclasses.dataclass
-class _Place:
+class _Progress:
     """Where a run is.
 
     Attributes:
@@ -108,12 +110,13 @@ class _Place:
 
 @dataclasses.dataclass
 class _Loop:
-    """What the steps of a run need; ``place`` changes with each of them."""
+    """What the steps of a run need; ``progress`` changes with each of them."""
 
     stages: Sequence[Stage]
     programs: Sequence[Program]
-    place: _Place
+    progress: _Progress
     identity: Identity
+    workdir: Workdir
     checkpoints: Checkpoints
     evaluation: LiveEvaluation
     writers: MetricWriters
@@ -124,15 +127,15 @@ class _Loop:
 
     def run(self, until_step: int, interrupts: Interrupts) -> None:
         """Makes steps until ``until_step``, the end of the run or an interruption, and saves."""
-        place, start = self.place, self.place.step
+        progress, start = self.progress, self.progress.step
         last = min(until_step, self.stages[-1].until_step)
-        self._enter_stage(place.stage)
-        while place.step < last and not interrupts.stop(place.step - start):
-            if place.step == place.stage.until_step:
-                self._enter_stage(self.stages[place.stage.number])  # numbers begin at 1
+        self._enter_stage(progress.stage)
+        while progress.step < last and not interrupts.stop(progress.step - start):
+            if progress.step == progress.stage.until_step:
+                self._enter_stage(self.stages[progress.stage.number])  # numbers begin at 1
             bad = self._make_step()
-            saves = place.step in (place.stage.until_step, last)
-            if not bad and (saves or self.evaluation.is_due(place.step) or self.checkpoints.should_save(place.step)):
+            step, saves = progress.step, progress.step in (progress.stage.until_step, last)
+            if not bad and (saves or self.evaluation.is_due(step) or self.checkpoints.should_save(step)):
                 bad = self.log.read_rest()
             if bad:
                 self._pass_over(bad)
@@ -146,51 +149,52 @@ class _Loop:
 
     def _enter_stage(self, stage: Stage) -> None:
         self.program = self.programs[stage.number - 1]
-        if stage is not self.place.stage:
-            self.place.stage, self.place.state = stage, self.program.take(self.place.state)
+        if stage is not self.progress.stage:
+            self.progress.stage, self.progress.state = stage, self.program.take(self.progress.state)
             self.log.begin(stage)
-        self.batches = _open_batches(stage, self.program, self.place.cursor)
+        self.batches = _open_batches(stage, self.program, self.progress.cursor)
         self.watchdog.enter("compiling")
         self.stopwatch.switch("compiling")
 
     def _make_step(self) -> BadStep | None:
         """Starts a step and reads the one before; returns one that was not applied."""
-        place = self.place
-        number = place.step + 1
+        progress = self.progress
+        number = progress.step + 1
         with self.stopwatch.spent_on("reading"):
             batch = self.program.place(next(self.batches))
         self.profile.before(number)
-        place.state, metrics = self.program.step(place.state, batch)
+        progress.state, metrics = self.program.step(progress.state, batch)
         self.profile.after(number, metrics.loss)
-        self.checkpoints.raise_failed_save(place.step)
+        self.checkpoints.raise_failed_save(progress.step)
         self.stopwatch.switch("training")
-        bad = self.log.read_one_late(number, place.cursor, metrics)
-        self.watchdog.beat(place.step)
-        place.step, place.cursor = number, place.stage.cursor_after(place.cursor)
+        bad = self.log.read_one_late(number, progress.cursor, metrics)
+        self.watchdog.beat(progress.step)
+        progress.step, progress.cursor = number, progress.stage.cursor_after(progress.cursor)
         return bad
 
     def _pass_over(self, bad: BadStep) -> None:
-        place = self.place
-        place.state, place.step, place.cursor = place.skips.pass_over(bad, place.state, self.checkpoints, self.identity)
-        self.batches = _open_batches(place.stage, self.program, place.cursor)
+        at = self.progress
+        at.state, at.step, at.cursor = at.skips.pass_over(bad, at.state, self.checkpoints, self.identity)
+        self.batches = _open_batches(at.stage, self.program, at.cursor)
 
     def _evaluate_and_save(self, *, force: bool) -> None:
         """Does what is due after a step; evaluates first, because the checkpoint holds the result."""
-        place, config = self.place, self.place.stage.config
+        progress, config = self.progress, self.progress.stage.config
         with self.log.timer.excluded():
-            if self.evaluation.is_due(place.step):
+            if self.evaluation.is_due(progress.step):
                 with self._during("evaluating"):
-                    found = self.evaluation.evaluate(place.step, config, place.state["params"], self.program.mesh)
-                    self.writers.write(place.step, found)
-            if force or self.checkpoints.should_save(place.step):
+                    found = self.evaluation.evaluate(progress.step, config, progress.state["params"], self.program.mesh)
+                    self.writers.write(progress.step, found)
+            if force or self.checkpoints.should_save(progress.step):
                 with self._during("saving"):
                     self._save(force=force)
 
     def _save(self, *, force: bool) -> None:
-        place = self.place
-        loss = self.evaluation.loss_after(place.step)
-        info = self.identity.info(place.step, place.cursor, skipped=place.skips.batches, heldout_loss=loss)
-        self.checkpoints.save(place.step, dict(place.state), info, force=force)
+        progress = self.progress
+        loss = self.evaluation.loss_after(progress.step)
+        info = self.identity.info(progress.step, progress.cursor, skipped=progress.skips.batches, heldout_loss=loss)
+        if self.checkpoints.save(progress.step, dict(progress.state), info, force=force):
+            self.workdir.push_soon()  # a run that is killed then has all metrics before its newest checkpoint
 
     @contextlib.contextmanager
     def _during(self, phase: str) -> Iterator[None]:
@@ -225,20 +229,20 @@ def _open_batches(stage: Stage, program: Program, cursor: int) -> Iterator[Batch
 def _start(
     config: Config, stages: tuple[Stage, ...], programs: Sequence[Program], checkpoints: Checkpoints,
     identity: Identity, report: Callable[[str], None],
-) -> _Place:  # fmt: skip
+) -> _Progress:  # fmt: skip
     """Returns where to go on from: the newest intact checkpoint, else a fresh model."""
     counts = parameter_counts(config)
     size = f"{human_count(counts['parameters'])} parameters ({human_count(counts['ttt_parameters'])} for TTT)"
     if checkpoints.latest_step() is None:
         report(f"{config.name}: new run, {size}, {config.train.num_steps} steps; {_where(stages[0])}compiling")
-        return _Place(stages[0], programs[0].init(), 0, 0, Skips(config.train.skip, (), report))
+        return _Progress(stages[0], programs[0].init(), 0, 0, Skips(config.train.skip, (), report))
     state, info = checkpoints.restore_latest(lambda step: programs[stage_after(stages, step).number - 1].state, report)
     stage = stage_after(stages, info.step)
     check_compatible(info, identity.flat_config, identity.fingerprint)  # config.json may be another run's by now
     todo = "nothing is left to do" if info.step >= config.train.num_steps else f"{size}; {_where(stage)}compiling"
     report(f"{config.name}: resumed at step {info.step} of {config.train.num_steps}, {todo}")
     skips = Skips(config.train.skip, info.skipped, report)
-    return _Place(stage, cast(TrainState, state), info.step, info.data_cursor, skips)
+    return _Progress(stage, cast(TrainState, state), info.step, info.data_cursor, skips)
 
 
 def _where(stage: Stage) -> str:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,6 +25,7 @@ from intttrain.core.errors import UserError
 from intttrain.core.files import write_json
 from intttrain.core.sharding import named_shardings, with_sharding
 from intttrain.core.stages import make_stages, stage_before
+from intttrain.core.workdir import Place
 from intttrain.data import Tokenizer, make_tokenizer, mixture_fingerprint, open_stores
 from intttrain.model import Params, abstract_params, logical_axes
 from intttrain.train import CheckpointInfo, Checkpoints, check_compatible
@@ -68,7 +68,7 @@ def make_identity(config: Config) -> Identity:
     )
 
 
-def claim_workdir(workdir: Path, identity: Identity) -> None:
+def claim_workdir(workdir: Place, identity: Identity) -> None:
     """Makes ``workdir`` this run's, or checks that it already is.
 
     Raises:
@@ -87,7 +87,7 @@ def claim_workdir(workdir: Path, identity: Identity) -> None:
     write_json(config_file, dataclasses.asdict(identity))
 
 
-def _read_identity(path: Path) -> Identity:
+def _read_identity(path: Place) -> Identity:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         return Identity(document["flat_config"], document["fingerprint"], document["tokenizer"])
@@ -95,12 +95,12 @@ def _read_identity(path: Path) -> Identity:
         raise UserError(f"{path} cannot be read as the configuration of a run ({error}); restore it") from None
 
 
-def has_run(workdir: Path) -> bool:
+def has_run(workdir: Place) -> bool:
     """Returns whether a run has claimed ``workdir``."""
     return (workdir / CONFIG_FILE).exists()
 
 
-def last_step(workdir: Path) -> int:
+def last_step(workdir: Place) -> int:
     """Returns the step with which the run in ``workdir`` ends. Raises ``UserError`` if its file is damaged."""
     return _run_config(_read_identity(workdir / CONFIG_FILE)).train.num_steps
 
@@ -120,7 +120,7 @@ class Trained:
 
 
 def load_trained(
-    workdir: Path, step: int | None, *, flag: str = "--workdir", mesh: jax.sharding.Mesh | None = None
+    workdir: Place, step: int | None, *, flag: str = "--workdir", mesh: jax.sharding.Mesh | None = None
 ) -> Trained:
     """Returns configuration, parameters and tokenizer of a run's checkpoint (default: the newest).
 
@@ -136,7 +136,7 @@ def load_trained(
         raise UserError(f"{flag}={workdir} holds no run ({CONFIG_FILE} is missing); train first or correct the path")
     identity = _read_identity(workdir / CONFIG_FILE)
     config = _run_config(identity)
-    with Checkpoints(workdir / "checkpoints", config.train.checkpoint, read_only=True) as checkpoints:
+    with Checkpoints(str(workdir / "checkpoints"), config.train.checkpoint, read_only=True) as checkpoints:
         step = checkpoints.latest_step() if step is None else step
         if step is None:
             raise UserError(f"{workdir / 'checkpoints'} holds no checkpoint yet; train first")

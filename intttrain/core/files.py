@@ -8,9 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from intttrain.core.workdir import Place
 
-def write_text(path: Path, text: str) -> None:
+
+def write_text(path: Place, text: str) -> None:
     """Writes ``text`` so that ``path`` holds all of it or what it held before; makes the folder."""
+    if not isinstance(path, Path):  # an object of a bucket, which appears whole
+        path.write_text(text)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -21,6 +26,6 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Place, content: Mapping[str, Any]) -> None:
     """Writes ``content`` as ``write_text`` does. Raises ``ValueError`` for numbers that JSON does not have."""
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")

@@ -21,6 +21,7 @@ from intttrain.core.errors import UserError
 from intttrain.core.goodput import GOODPUT_FILE, GoodputWriter, Stopwatch
 from intttrain.core.progress import Number, Stream, human_count, human_duration
 from intttrain.core.weights_and_biases import WandbWriter
+from intttrain.core.workdir import Place
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -92,6 +93,7 @@ class MetricWriters:
 def make_metric_writers(
     workdir: Path, *, num_steps: int, start_step: int, process_index: int, stream: Stream | None = None,
     stopwatch: Stopwatch | None = None, wandb_project: str | None = None, name: str = "",
+    place: Place | None = None,
 ) -> MetricWriters:  # fmt: skip
     """Returns the writers of one training run.
 
@@ -103,6 +105,7 @@ def make_metric_writers(
       stream: console, standard output by default.
       stopwatch: of the process, whose times then go to ``goodput.jsonl``.
       wandb_project, name: project of Weights & Biases, and the name of the run there.
+      place: of the run, if its files are copied from ``workdir`` to another one.
 
     Raises:
       UserError: ``workdir`` cannot be written, or Weights & Biases does not start.
@@ -113,7 +116,8 @@ def make_metric_writers(
         workdir.mkdir(parents=True, exist_ok=True)
     writers: list[Writer] = []
     if wandb_project is not None:
-        writers.append(WandbWriter(wandb_project, name, workdir))  # first: it may refuse, and the others open files
+        # First: it may refuse, and the others open files.
+        writers.append(WandbWriter(wandb_project, name, workdir, workdir if place is None else place))
     writers += [
         ConsoleWriter(sys.stdout if stream is None else stream, num_steps),
         JsonlWriter(workdir / METRICS_FILE, start_step),

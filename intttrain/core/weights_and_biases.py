@@ -11,6 +11,7 @@ from pathlib import Path
 
 from intttrain.core.errors import UserError
 from intttrain.core.progress import Number
+from intttrain.core.workdir import Place
 
 
 class WandbWriter:
@@ -22,21 +23,22 @@ class WandbWriter:
     Args:
       project: of Weights & Biases.
       name: of the run.
-      workdir: makes the identity of the entry and keeps the local files.
+      folder: keeps the local files.
+      place: of the run; makes the identity of the entry.
 
     Raises:
       UserError: the package is not installed or refuses to start.
     """
 
-    def __init__(self, project: str, name: str, workdir: Path) -> None:
+    def __init__(self, project: str, name: str, folder: Path, place: Place) -> None:
         if importlib.util.find_spec("wandb") is None:
             raise UserError(
                 f"train.wandb_project={project!r} needs the package wandb; pip install wandb, or set it to None"
             )
         wandb = importlib.import_module("wandb")
-        identity = hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:16]
+        identity = hashlib.sha256(str(place.absolute() if isinstance(place, Path) else place).encode()).hexdigest()[:16]
         try:
-            self._run = wandb.init(project=project, name=name, dir=str(workdir), id=identity, resume="allow")
+            self._run = wandb.init(project=project, name=name, dir=str(folder), id=identity, resume="allow")
         except Exception as error:  # no account, no network, no such project
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(

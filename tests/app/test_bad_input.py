@@ -62,7 +62,9 @@ def new(tmp_path: Path) -> Path:
         ("export --workdir={new} --output={new} --dtype=int8", ["--dtype=int8", "<bfloat16|float32>"]),
         ("config {config} --json={root}", ["--json={root} is a folder", "result.json"]),
         ("config {config} --json={root}/small.py/x.json", ["--json={root}/small.py/x.json", "{root}/small.py is not"]),
-        ("train {config} --workdir=gs://bucket/run", ["--workdir=gs://bucket/run is a URL", "mount the bucket"]),
+        ("train {config} --workdir=s3://bucket/run", ["--workdir=s3://bucket/run", "gs://BUCKET/FOLDER", "mount"]),
+        ("generate --workdir=gs://bucket --prompt=a", ["--workdir=gs://bucket is neither", "gs://BUCKET/FOLDER"]),
+        ("export --workdir={new} --output=gs://bucket/out", ["--output=gs://bucket/out is a URL", "a local folder"]),
         ("train {config} --workdir={new} --json={root}/data", ["--json={root}/data is a folder"]),
     ],
 )
