@@ -52,6 +52,7 @@ class FakeGcs:
             "GOOGLE_CLOUD_PROJECT": "project",
             "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # asks for the kind of bucket by gRPC
             "EPATH_USE_TF": "false",
+            "NO_GCE_CHECK": "true",  # nobody asks the network for credentials
         }
 
     def close(self) -> None:
