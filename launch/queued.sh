@@ -55,7 +55,7 @@ describe=("${queue[@]}" describe "$name" "${where[@]}" '--format=value(state.sta
 create=("${queue[@]}" create "$name" "${where[@]}" "--accelerator-type=$accelerator_type"
     "--runtime-version=$runtime_version" "${which[@]}" ${tier:+"$tier"})
 remove=("${queue[@]}" delete "$name" "${where[@]}" --force --quiet)
-list=(gcloud storage ls "$checkpoints")
+list=(gcloud storage ls "$checkpoints*/commit_success.txt") # which a save writes last
 hosts=("$(dirname "$0")/tpu_vm.sh" "--name=$nodes" "${where[@]}" ${python:+"--python=$python"})
 
 # show COMMAND...: as a shell would read it.
@@ -112,7 +112,7 @@ look() {
 
 # newest_checkpoint: its step, 0 without any.
 newest_checkpoint() {
-    { echo 0 && "${list[@]}" 2>/dev/null | sed -nE 's:.*/([0-9]+)/$:\1:p'; } | sort -n | tail -n 1
+    { echo 0 && "${list[@]}" 2>/dev/null | sed -nE 's:.*/([0-9]+)/commit_success.txt$:\1:p'; } | sort -n | tail -n 1
 }
 
 # again REASON: counts a restart, gives up after too many without a newer checkpoint.

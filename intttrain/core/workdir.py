@@ -46,7 +46,8 @@ def make_place(text: str, flag: str = "--workdir") -> Place:
     os.environ.setdefault("EPATH_USE_TF", "false")
     # Listings are never forgotten otherwise: a program would not see what another one writes.
     importlib.import_module("fsspec.config").conf.setdefault("gcs", {})["use_listings_cache"] = False
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # failures are raised too, and printed in one line
+    for logger in ("gcsfs", "google.auth"):  # failures are raised too, and printed in one line
+        logging.getLogger(logger).setLevel(logging.CRITICAL)
     with _in_one_line(f"{flag}={text} cannot be read"):
         _file_system().info(text.split("/")[2])  # the bucket: without an answer a file would only seem to be absent
     return epath.Path(text.rstrip("/"))

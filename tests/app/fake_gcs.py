@@ -27,6 +27,7 @@ class FakeGcs:
     Attributes:
       objects: content by name.
       url: of the server, for ``environment``.
+      prefix: of the names of a run.
       broken: while set, every upload to a name that it matches is refused with 403, which nobody tries again.
     """
 
@@ -34,6 +35,7 @@ class FakeGcs:
         self.objects: dict[str, bytes] = {}
         self.generations: dict[str, int] = {}
         self.broken: str | None = None
+        self.prefix = "runs/0/"
         self._uploads: dict[str, tuple[str, bytes]] = {}
         self._lock = threading.RLock()
         self._count = 0
@@ -52,6 +54,7 @@ class FakeGcs:
             "GOOGLE_CLOUD_PROJECT": "project",
             "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # asks for the kind of bucket by gRPC
             "EPATH_USE_TF": "false",
+            "NO_GCE_CHECK": "true",  # nobody asks the network for credentials
         }
 
     def close(self) -> None:
@@ -64,12 +67,20 @@ class FakeGcs:
             return sorted(name.removeprefix(prefix) for name in self.objects if name.startswith(prefix))
 
     def clear(self) -> None:
+        """Begins another bucket, with another place for a run: TensorStore does not expect objects that are gone."""
         self.objects.clear()
         self.broken = None
+        self._count += 1
+        self.prefix = f"runs/{self._count}/"
 
-    def steps(self, prefix: str) -> list[int]:
-        """Returns the steps of the run at ``prefix`` that Orbax has marked as complete."""
-        done = [re.fullmatch(r"checkpoints/(\d+)/commit_success.txt", name) for name in self.names(prefix)]
+    @property
+    def run(self) -> str:
+        """The place of a run."""
+        return f"gs://{BUCKET}/{self.prefix.rstrip('/')}"
+
+    def steps(self) -> list[int]:
+        """Returns the steps of the run that Orbax has marked as complete."""
+        done = [re.fullmatch(r"checkpoints/(\d+)/commit_success.txt", name) for name in self.names(self.prefix)]
         return sorted(int(found[1]) for found in done if found)
 
     def put(self, name: str, content: bytes) -> dict[str, Any]:

@@ -20,8 +20,6 @@ from tests.app.fake_gcs import FakeGcs, served
 from tests.app.small import NUM_STEPS, World, assert_same_state, cli, config_of, done, error_line, metrics
 
 pytest.importorskip("gcsfs")
-RUN = "gs://bucket/runs/small"
-FLAG = f"--workdir={RUN}"
 
 
 @pytest.fixture(scope="module")
@@ -39,38 +37,40 @@ def gcs(server: FakeGcs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     return server
 
 
-def download(gcs: FakeGcs, folder: Path, prefix: str = "runs/small/") -> Path:
+def download(gcs: FakeGcs, folder: Path) -> Path:
     """Returns ``folder`` with what is in the bucket."""
-    for name in gcs.names(prefix):
+    for name in gcs.names(gcs.prefix):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(gcs.objects[prefix + name])
+        (folder / name).write_bytes(gcs.objects[gcs.prefix + name])
     return folder
 
 
 def test_stopped_resumed_evaluated_generated_exported(
     gcs: FakeGcs, world: World, straight: Path, dense: Path, tmp_path: Path
 ) -> None:
-    line = done("train", world.config, FLAG, "--stop_at_step=5").out.splitlines()[-1]
+    line = done("train", world.config, f"--workdir={gcs.run}", "--stop_at_step=5").out.splitlines()[-1]
     assert line.startswith("stopped at step 5")
-    assert gcs.steps("runs/small/") == [4, 5]
+    assert gcs.steps() == [4, 5]
     cache = jax.config.jax_compilation_cache_dir
     # A process of its own, which knows only what is in the bucket.
     again = subprocess.run(
-        [sys.executable, "-m", "intttrain", "train", world.config, FLAG],
+        [sys.executable, "-m", "intttrain", "train", world.config, f"--workdir={gcs.run}"],
         capture_output=True, text=True, timeout=300, check=False,
         env=os.environ | {"TMPDIR": str(tmp_path / "local"), "JAX_COMPILATION_CACHE_DIR": str(cache)},
     )  # fmt: skip
     assert again.returncode == 0, again.stderr
-    assert "resumed at step 5" in again.stderr and again.stdout.endswith(f"checkpoint in {RUN}/checkpoints\n"), again
+    assert "resumed at step 5" in again.stderr and again.stdout.endswith(f"checkpoint in {gcs.run}/checkpoints\n"), (
+        again
+    )
     assert "goodput" in again.stderr and "in 2 starts" in again.stderr
 
     for step in (1, 2):  # results have places of their own
-        out = done("eval", world.config, FLAG).out
+        out = done("eval", world.config, f"--workdir={gcs.run}").out
         name = f"eval/{NUM_STEPS}" + ("" if step == 1 else "-2")
-        assert f"json {RUN}/{name}/positions.json" in out
-        assert {f"{name}/positions.json", f"{name}/positions.png"} <= set(gcs.names("runs/small/"))
-    assert done("generate", FLAG, "--prompt=def", "--max_new_tokens=4").out.startswith("def")
-    done("export", FLAG, f"--output={tmp_path / 'export'}")
+        assert f"json {gcs.run}/{name}/positions.json" in out
+        assert {f"{name}/positions.json", f"{name}/positions.png"} <= set(gcs.names(gcs.prefix))
+    assert done("generate", f"--workdir={gcs.run}", "--prompt=def", "--max_new_tokens=4").out.startswith("def")
+    done("export", f"--workdir={gcs.run}", f"--output={tmp_path / 'export'}")
     assert (tmp_path / "export" / "model.safetensors").exists()
     assert not list((tmp_path / "local").iterdir()), "temporary folders were left"
 
@@ -82,25 +82,23 @@ def test_stopped_resumed_evaluated_generated_exported(
     for path in dense.rglob("*"):
         if path.is_file():
             gcs.put(f"dense/{path.relative_to(dense)}", path.read_bytes())
-    for step in ("", f"{NUM_STEPS}/", f"{NUM_STEPS}/params/", f"{NUM_STEPS}/info/", f"{NUM_STEPS}/training/"):
-        gcs.put(f"dense/checkpoints/{step}commit_success.txt", b"")
     content = tmp_path / "twin.json"
     done("eval", world.config, f"--workdir={run}", "--dense_workdir=gs://bucket/dense", f"--json={content}")
     assert "dense" in json.dumps(json.loads(content.read_text()))
 
 
 def test_other_peoples_folders_are_refused(gcs: FakeGcs, world: World, straight: Path, tmp_path: Path) -> None:
-    gcs.put("runs/small/notes/today.txt", b"not a run")
-    line = error_line(cli("train", world.config, FLAG))
-    assert f"--workdir={RUN} is not empty and holds no config.json" in line
-    assert gcs.names() == ["runs/small/notes/today.txt"]
-    assert f"--workdir={RUN} holds no run" in error_line(cli("generate", FLAG, "--prompt=a"))
+    gcs.put(f"{gcs.prefix}notes/today.txt", b"not a run")
+    line = error_line(cli("train", world.config, f"--workdir={gcs.run}"))
+    assert f"--workdir={gcs.run} is not empty and holds no config.json" in line
+    assert gcs.names() == [f"{gcs.prefix}notes/today.txt"]
+    assert f"--workdir={gcs.run} holds no run" in error_line(cli("generate", f"--workdir={gcs.run}", "--prompt=a"))
 
     gcs.clear()
-    gcs.put("runs/small/config.json", (straight / "config.json").read_bytes())
-    line = error_line(cli("train", world.config, FLAG, "--config.model.ttt.eta=0.2"))
+    gcs.put(f"{gcs.prefix}config.json", (straight / "config.json").read_bytes())
+    line = error_line(cli("train", world.config, f"--workdir={gcs.run}", "--config.model.ttt.eta=0.2"))
     assert "model.ttt.eta" in line and "0.3" in line and "0.2" in line
-    assert gcs.names() == ["runs/small/config.json"]
+    assert gcs.names() == [f"{gcs.prefix}config.json"]
 
     gcs.clear()
     line = error_line(cli("train", world.config, "--workdir=gs://elsewhere/run"))
@@ -110,63 +108,64 @@ def test_other_peoples_folders_are_refused(gcs: FakeGcs, world: World, straight:
 
 def test_a_library_that_is_missing_is_named(gcs: FakeGcs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    line = error_line(cli("generate", FLAG, "--prompt=a"))
+    line = error_line(cli("generate", f"--workdir={gcs.run}", "--prompt=a"))
     assert "gcsfs" in line and "pip install 'intttrain[gcs]'" in line
 
 
 def test_training_goes_on_when_files_cannot_be_copied(gcs: FakeGcs, world: World, straight: Path) -> None:
     gcs.broken = r"\.jsonl|tensorboard"
-    outcome = cli("train", world.config, FLAG)
+    outcome = cli("train", world.config, f"--workdir={gcs.run}")
     line = error_line(outcome, after_other_lines=True)
-    assert f"files of {RUN} could not be copied there and are kept in " in line and "uploads are broken" in line
+    assert f"files of {gcs.run} could not be copied there and are kept in " in line and "uploads are broken" in line
     assert outcome.err.count("warning: ") == 1, "once"
-    assert gcs.steps("runs/small/")[-1] == NUM_STEPS
+    assert gcs.steps()[-1] == NUM_STEPS
     kept = Path(line.split(" are kept in ")[1].split(":")[0])
     assert metrics(kept) == metrics(straight)
 
 
 def test_a_failure_of_the_run_is_the_one_to_report(gcs: FakeGcs, tmp_path: Path) -> None:
     lines: list[str] = []
-    with pytest.raises(ZeroDivisionError), Workdir(make_place(RUN), (), lines.append) as workdir:
+    with pytest.raises(ZeroDivisionError), Workdir(make_place(gcs.run), (), lines.append) as workdir:
         (workdir.folder / "metrics.jsonl").write_text("1")
         (workdir.folder / ".part").write_text("not finished")
         gcs.broken = "metrics"
         raise ZeroDivisionError
     assert "uploads are broken" in lines[-1] and str(workdir.folder) in lines[-1]
     gcs.broken = None
-    with pytest.raises(ZeroDivisionError), Workdir(make_place(RUN), (), lines.append) as workdir:
+    with pytest.raises(ZeroDivisionError), Workdir(make_place(gcs.run), (), lines.append) as workdir:
         (workdir.folder / "metrics.jsonl").write_text("2")
         (workdir.folder / ".part").write_text("not finished")
         raise ZeroDivisionError
-    assert gcs.objects == {"runs/small/metrics.jsonl": b"2"} and len(lines) <= 2
+    assert gcs.objects == {f"{gcs.prefix}metrics.jsonl": b"2"} and len(lines) <= 2
     assert not workdir.folder.exists()
 
 
 def test_only_what_changed_is_copied_and_what_was_pulled_counts(gcs: FakeGcs) -> None:
     for name in ("metrics.jsonl", "eval/8/positions.json", "checkpoints/8/params/d/0"):
-        gcs.put(f"runs/small/{name}", b"x" * 10)
+        gcs.put(f"{gcs.prefix}{name}", b"x" * 10)
     before = dict(gcs.generations)
-    with Workdir(make_place(RUN), ("metrics.jsonl", "goodput.jsonl", "eval"), print) as workdir:
+    with Workdir(make_place(gcs.run), ("metrics.jsonl", "goodput.jsonl", "eval"), print) as workdir:
         found = sorted(str(path.relative_to(workdir.folder)) for path in workdir.folder.rglob("*") if path.is_file())
         assert found == ["eval/8/positions.json", "metrics.jsonl"]
         with (workdir.folder / "metrics.jsonl").open("a") as file:
             file.write("y")
     changed = [name for name, generation in gcs.generations.items() if before[name] != generation]
-    assert changed == ["runs/small/metrics.jsonl"] and gcs.objects[changed[0]] == b"x" * 10 + b"y"
+    assert changed == [f"{gcs.prefix}metrics.jsonl"] and gcs.objects[changed[0]] == b"x" * 10 + b"y"
 
 
 def test_an_unfinished_checkpoint_does_not_count(gcs: FakeGcs, world: World, straight: Path) -> None:
     for path in straight.rglob("*"):
         if path.is_file() and path.relative_to(straight).parts[:2] in {("checkpoints", "4"), ("config.json",)}:
-            gcs.put(f"runs/small/{path.relative_to(straight)}", path.read_bytes())
-    folder, config = f"{RUN}/checkpoints", config_of(straight).train.checkpoint
-    make_place(RUN)
+            gcs.put(f"{gcs.prefix}{path.relative_to(straight)}", path.read_bytes())
+    del gcs.objects[f"{gcs.prefix}checkpoints/4/commit_success.txt"]  # what Orbax writes last
+    folder, config = f"{gcs.run}/checkpoints", config_of(straight).train.checkpoint
+    make_place(gcs.run)
     with Checkpoints(folder, config, read_only=True) as checkpoints:
         assert checkpoints.steps() == []  # everything is there, but not the mark
-        gcs.put("runs/small/checkpoints/4/commit_success.txt", b"")
+        gcs.put(f"{gcs.prefix}checkpoints/4/commit_success.txt", b"")
         assert checkpoints.steps() == [4]  # seen by a program that looked before
-    del gcs.objects["runs/small/checkpoints/4/commit_success.txt"]
-    assert "holds no checkpoint yet" in error_line(cli("generate", FLAG, "--prompt=a"))
-    assert "new run" in done("train", world.config, FLAG, "--stop_at_step=1").err
-    assert gcs.steps("runs/small/") == [1]
-    assert not gcs.names("runs/small/checkpoints/4/"), "a training run removes it"
+    del gcs.objects[f"{gcs.prefix}checkpoints/4/commit_success.txt"]
+    assert "holds no checkpoint yet" in error_line(cli("generate", f"--workdir={gcs.run}", "--prompt=a"))
+    assert "new run" in done("train", world.config, f"--workdir={gcs.run}", "--stop_at_step=1").err
+    assert gcs.steps() == [1]
+    assert not gcs.names(f"{gcs.prefix}checkpoints/4/"), "a training run removes it"

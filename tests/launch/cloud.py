@@ -70,8 +70,8 @@ def queued_resources(action, name):
         shutil.rmtree(root / "hosts", ignore_errors=True)
 
 if words[:2] == ["storage", "ls"]:
-    folders = sorted((root / words[2].removeprefix("gs://")).glob("*/"))
-    sys.exit(None if [print(f"{words[2]}{folder.name}/") for folder in folders] else "matched no objects")
+    found = sorted(root.glob(words[2].removeprefix("gs://")))
+    sys.exit(None if [print(f"gs://{path.relative_to(root)}") for path in found] else "matched no objects")
 assert words[:2] == ["compute", "tpus"] and flag("--zone") == "z1" and flag("--project") == "p1", words
 {"tpu-vm": tpu_vm, "queued-resources": queued_resources}[words[2]](words[3], words[4])
 """

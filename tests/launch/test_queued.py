@@ -127,7 +127,9 @@ def test_other_statuses_start_the_command_again_on_the_same_slice(queue):
 
 def test_gives_up_after_restarts_without_a_newer_checkpoint(queue):
     # Starts 1 to 3 save steps 100 to 300, beside an unfinished 900; nothing is saved afterwards.
-    saves = 'mkdir -p "$ROOT"/bucket/run/checkpoints/{"$((100 * (n > 3 ? 3 : n)))",900.tmp}; exit 1'
+    folder = '"$ROOT"/bucket/run/checkpoints'
+    saves = f"step=$((100 * (n > 3 ? 3 : n))); mkdir -p {folder}/$step/params {folder}/900/params; "
+    saves += f"touch {folder}/$step/commit_success.txt {folder}/900/params/commit_success.txt; exit 1"
     done = queue(saves, states=[["ACTIVE"]], MAX_RESTARTS="2")
     assert done.returncode == 1 and queue.starts() == 5
     assert "giving up after 2 restarts without a checkpoint newer than step 300" in done.stdout
