@@ -148,7 +148,7 @@ def test_a_signal_while_the_processes_ask_each_other_is_not_lost(
             signal.raise_signal(signal.SIGTERM)
         return value
 
-    monkeypatch.setattr(loop, "largest", ask)
+    monkeypatch.setattr("intttrain.app.interrupts.largest", ask)
     outcome = cli("train", world.config, f"--workdir={tmp_path / 'run'}")
     assert outcome.status == 143 and asked == [0, 0, 0, signal.SIGTERM]
     assert "stopped at step 3 of 10" in outcome.out
