@@ -87,8 +87,7 @@ def train(config: Config, workdir: Workdir, *, stop_at_step: int | None, report:
         last = config.train.num_steps if stop_at_step is None else min(stop_at_step, config.train.num_steps)
         with make_metric_writers(
             workdir.folder, num_steps=config.train.num_steps, start_step=start, process_index=process_index(),
-            stopwatch=stopwatch, wandb_project=config.train.wandb_project, name=config.name,
-            place=workdir.place,
+            stopwatch=stopwatch, wandb_project=config.train.wandb_project, name=config.name, place=workdir.place,
         ) as writers:  # fmt: skip
             log = _Log(stage, writers, report)
             stopwatch.switch("compile")
