@@ -76,8 +76,7 @@ def train(
         progress = _start(config, stages, programs, checkpoints, identity, report)
         with make_metric_writers(
             workdir.folder, num_steps=config.train.num_steps, start_step=progress.step, process_index=process_index(),
-            stopwatch=stopwatch, wandb_project=config.train.wandb_project, name=config.name,
-            place=workdir.place,
+            stopwatch=stopwatch, wandb_project=config.train.wandb_project, name=config.name, place=workdir.place,
         ) as writers:  # fmt: skip
             log = StepLog(progress.stage, writers, report)
             loop = _Loop(

@@ -163,9 +163,12 @@ def test_an_unfinished_checkpoint_does_not_count(gcs: FakeGcs, world: World, str
     with Checkpoints(folder, config, read_only=True) as checkpoints:
         assert checkpoints.steps() == []  # everything is there, but not the mark
         gcs.put(f"{gcs.prefix}checkpoints/4/commit_success.txt", b"")
-        assert checkpoints.steps() == [4]  # seen by a program that looked before
-    del gcs.objects[f"{gcs.prefix}checkpoints/4/commit_success.txt"]
+        for name in gcs.names(f"{gcs.prefix}checkpoints/4/"):
+            gcs.put(f"{gcs.prefix}checkpoints/8/{name}", b"")
+        assert checkpoints.steps() == [4, 8]  # seen by a program that looked before
+    for step in (4, 8):
+        del gcs.objects[f"{gcs.prefix}checkpoints/{step}/commit_success.txt"]
     assert "holds no checkpoint yet" in error_line(cli("generate", f"--workdir={gcs.run}", "--prompt=a"))
     assert "new run" in done("train", world.config, f"--workdir={gcs.run}", "--stop_at_step=1").err
     assert gcs.steps() == [1]
-    assert not gcs.names(f"{gcs.prefix}checkpoints/4/"), "a training run removes it"
+    assert {name.split("/")[0] for name in gcs.names(f"{gcs.prefix}checkpoints/")} == {"1"}, "a training run removes it"
