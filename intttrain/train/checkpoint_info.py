@@ -47,7 +47,7 @@ class CheckpointInfo:
     config: Mapping[str, Any]
     fingerprint: str
     tokenizer: Mapping[str, Any]
-    skipped: Sequence[Sequence[int]] = ()
+    skipped: Sequence[Sequence[int]] = dataclasses.field(default_factory=list)
     versions: Mapping[str, str] = dataclasses.field(default_factory=package_versions)
     heldout_loss: float | None = None
 
