@@ -13,7 +13,6 @@ from absl import flags
 from intttrain.app.hosts import check_hosts
 from intttrain.app.loop import train
 from intttrain.app.runs import load_trained, parameter_counts
-from intttrain.app.skips import UnhealthyStepsError
 from intttrain.core.config import Config, as_dict, resolve
 from intttrain.core.coordination import open_key_value_store
 from intttrain.core.distributed import process_index, start_distributed
@@ -92,19 +91,15 @@ def _plain(value: Any) -> Any:
 
 
 def train_model(values: flags.FlagValues) -> int:
-    """Trains; the status tells whether the run was interrupted or met a step that is not finite."""
+    """Trains; the status tells whether the run was interrupted."""
     config = resolve(values.config)
     place = make_place(values.workdir)
     start_distributed()
-    try:
-        with Watchdog(config.train.watchdog_seconds, open_key_value_store()) as watchdog:
-            check_hosts(config, place)
-            tell = report if process_index() == 0 else lambda _: None
-            with Workdir(place, (METRICS_FILE, GOODPUT_FILE), report) as workdir:
-                result = train(config, workdir, stop_at_step=values.stop_at_step, watchdog=watchdog, report=tell)
-    except UnhealthyStepsError as error:
-        report(f"error: {error}")
-        return 3
+    with Watchdog(config.train.watchdog_seconds, open_key_value_store()) as watchdog:
+        check_hosts(config, place)
+        tell = report if process_index() == 0 else lambda _: None
+        with Workdir(place, (METRICS_FILE, GOODPUT_FILE), report) as workdir:
+            result = train(config, workdir, stop_at_step=values.stop_at_step, watchdog=watchdog, report=tell)
     status = 0 if result.signal_number is None else 128 + result.signal_number
     if process_index() != 0:
         return status

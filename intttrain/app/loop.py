@@ -15,13 +15,16 @@ from intttrain.app.skips import BadStep, Skips
 from intttrain.app.step_log import StepLog
 from intttrain.core.agreement import on_first_process
 from intttrain.core.config import Config
+from intttrain.core.coordination import open_key_value_store
 from intttrain.core.distributed import process_index
 from intttrain.core.errors import UserError
+from intttrain.core.files import write_json
 from intttrain.core.goodput import GOODPUT_FILE, Stopwatch, summarise_goodput
 from intttrain.core.metrics import MetricWriters, make_metric_writers
 from intttrain.core.progress import human_count
 from intttrain.core.sharding import check_evaluation
 from intttrain.core.stages import Stage, make_stages, stage_after
+from intttrain.core.step_times import STEP_TIMES_FILE, StepTimes
 from intttrain.core.watchdog import Watchdog
 from intttrain.core.workdir import Workdir
 from intttrain.data import Batch, make_batches, make_row_dataset
@@ -78,7 +81,7 @@ def train(
             workdir.folder, num_steps=config.train.num_steps, start_step=progress.step, process_index=process_index(),
             stopwatch=stopwatch, wandb_project=config.train.wandb_project, name=config.name, place=workdir.place,
         ) as writers:  # fmt: skip
-            log = StepLog(progress.stage, writers, report)
+            log = StepLog(progress.stage, writers, StepTimes(open_key_value_store()), report)
             loop = _Loop(
                 stages, programs, progress, identity, workdir, checkpoints, evaluation, writers, log, profile,
                 stopwatch, watchdog,
@@ -162,7 +165,8 @@ class _Loop:
         with self.stopwatch.spent_on("reading"):
             batch = self.program.place(next(self.batches))
         self.profile.before(number)
-        progress.state, metrics = self.program.step(progress.state, batch)
+        with self.log.times.waiting():  # where dispatch is not asynchronous, this is the step itself
+            progress.state, metrics = self.program.step(progress.state, batch)
         self.profile.after(number, metrics.loss)
         self.checkpoints.raise_failed_save(progress.step)
         self.stopwatch.switch("training")
@@ -179,7 +183,7 @@ class _Loop:
     def _evaluate_and_save(self, *, force: bool) -> None:
         """Does what is due after a step; evaluates first, because the checkpoint holds the result."""
         progress, config = self.progress, self.progress.stage.config
-        with self.log.timer.excluded():
+        with self.log.excluded():
             if self.evaluation.is_due(progress.step):
                 with self._during("evaluating"):
                     found = self.evaluation.evaluate(progress.step, config, progress.state["params"], self.program.mesh)
@@ -193,6 +197,8 @@ class _Loop:
         loss = self.evaluation.loss_after(progress.step)
         info = self.identity.info(progress.step, progress.cursor, skipped=progress.skips.batches, heldout_loss=loss)
         if self.checkpoints.save(progress.step, dict(progress.state), info, force=force):
+            if process_index() == 0:
+                write_json(self.workdir.folder / STEP_TIMES_FILE, self.log.times.summary())
             self.workdir.push_soon()  # a run that is killed then has all metrics before its newest checkpoint
 
     @contextlib.contextmanager

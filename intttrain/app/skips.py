@@ -23,6 +23,8 @@ from intttrain.train import Checkpoints, StepMetrics, TrainState
 class UnhealthyStepsError(UserError):
     """Too many steps were not applied. The state before them is saved."""
 
+    status = 3
+
 
 @dataclasses.dataclass(frozen=True)
 class BadStep:

@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from intttrain.core.errors import UserError
+from intttrain.core.errors import MissingProcessError, UserError
 
 COORDINATOR = "INTTTRAIN_COORDINATOR"
 NUM_PROCESSES = "INTTTRAIN_NUM_PROCESSES"
@@ -76,7 +76,8 @@ def start_distributed() -> None:
     until all processes are there.
 
     Raises:
-      UserError: a variable is missing or wrong, the port is taken, or not everybody was there in time.
+      UserError: a variable is missing or wrong, or the port is taken.
+      MissingProcessError: not everybody was there in time.
     """
     if jax.distributed.is_initialized():
         return
@@ -210,7 +211,7 @@ def _connect(start: Start, timeout_seconds: int, heartbeat_seconds: int) -> None
     thread.start()
     thread.join(timeout_seconds)
     if thread.is_alive():
-        raise UserError(
+        raise MissingProcessError(
             f"not everybody was there after {TIMEOUT_SECONDS}={timeout_seconds}: waited for {start.expected}"
             f"{_reachable(start.coordinator)}; look for the process that did not start, or give them more time"
         )

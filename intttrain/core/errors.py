@@ -5,19 +5,29 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+LOST_STATUS = 4
+
 
 class UserError(Exception):
     """Something the user can fix: bad configuration, bad input data, an occupied output path.
 
     The message is one line and says what is wrong, where, both values, the rule, and the nearest valid choice.
-    The command line prints it after ``error:`` and exits with status 2.
+    The command line prints it after ``error:`` and exits with ``status``.
     """
+
+    status = 2
+
+
+class MissingProcessError(UserError):
+    """Another process of the run is not there. Nothing is wrong with the command: starting again may help."""
+
+    status = LOST_STATUS
 
 
 def explain_exit(error: BaseException) -> tuple[str, int] | None:
     """Returns what a person reads and the exit status, ``None`` for a bug: a stack trace and 1."""
     if isinstance(error, UserError):
-        return str(error), 2
+        return str(error), error.status
     if isinstance(error, OSError):
         where = f": {error.filename}" if error.filename else ""
         return f"{error.strerror or error}{where}", 2

@@ -17,7 +17,7 @@ import jax
 
 from intttrain.core.coordination import KeyValueStore, open_key_value_store
 from intttrain.core.distributed import initialization_timeout_seconds
-from intttrain.core.errors import UserError
+from intttrain.core.errors import MissingProcessError, UserError
 
 Facts = Mapping[str, str]
 
@@ -30,8 +30,8 @@ def check_agreement(facts: Callable[[], Facts]) -> dict[int, str]:
     """Compares the facts of all processes and returns their hosts; a process that is alone has nothing to compare.
 
     Raises:
-      UserError: the same on every process: the facts differ, or a process did not report in
-        ``INTTTRAIN_INITIALIZATION_TIMEOUT_SECONDS``.
+      UserError: the same on every process: the facts differ.
+      MissingProcessError: a process did not report in ``INTTTRAIN_INITIALIZATION_TIMEOUT_SECONDS``.
     """
     store, host = open_key_value_store(), socket.gethostname()
     if store is None:
@@ -45,8 +45,11 @@ def check_agreement(facts: Callable[[], Facts]) -> dict[int, str]:
     if store.index == 0:
         found = _wait_for_all(store, timeout_s)
         hosts = {index: document["name"] for index, document in store.all("host").items()}
-        store.put("answer", {"refusal": _refusal(store.count, found, hosts, timeout_s), "hosts": hosts})
+        missing = _missing(store.count, found, hosts, timeout_s)
+        store.put("answer", {"missing": missing, "refusal": _refusal(found, hosts), "hosts": hosts})
     answer = _answer(store, "answer", timeout_s + _MARGIN_SECONDS)
+    if answer["missing"]:
+        raise MissingProcessError(answer["missing"])
     if answer["refusal"]:
         raise UserError(answer["refusal"])
     return {int(index): name for index, name in answer["hosts"].items()}
@@ -92,7 +95,7 @@ def _answer(store: KeyValueStore, folder: str, timeout_s: float) -> dict[str, An
         return store.get(folder, 0, timeout_s)
     except TimeoutError:
         host = store.all("host").get(0, {"name": "unknown"})["name"]
-        raise UserError(
+        raise MissingProcessError(
             f"process 0 (host {host}) did not report in {timeout_s} s; look at its output for what keeps it"
         ) from None
 
@@ -110,13 +113,15 @@ def _wait_for_all(store: KeyValueStore, timeout_s: float) -> dict[int, dict[str,
     return found
 
 
-def _refusal(
-    count: int, found: Mapping[int, Mapping[str, Any]], hosts: Mapping[int, str], timeout_s: float
-) -> str:  # fmt: skip
-    """Returns why not to go on, in one line, or nothing."""
-    if silent := [index for index in range(count) if index not in found]:
-        who = describe_processes(silent, hosts)
-        return f"{who} did not report in {timeout_s} s; look at the output there for what keeps it"
+def _missing(count: int, found: Iterable[int], hosts: Mapping[int, str], timeout_s: float) -> str:
+    """Returns who did not report, in one line, or nothing."""
+    silent = set(range(count)).difference(found)
+    who = describe_processes(silent, hosts)
+    return f"{who} did not report in {timeout_s} s; look at the output there for what keeps it" if silent else ""
+
+
+def _refusal(found: Mapping[int, Mapping[str, Any]], hosts: Mapping[int, str]) -> str:
+    """Returns what differs, in one line, or nothing."""
     differing: dict[tuple[str, str, str], list[int]] = {}
     for index, differences in sorted(found.items()):
         for name, (here, there) in differences.items():

@@ -36,8 +36,8 @@ class Judge:
     """Looks at what processes publish: ``beat`` (host, step, phase, count), ``failure`` (kind, line).
 
     A failure waits ``settle_s``: what one process did to all shows within that time, and the beats of a process that
-    is gone have stopped for as long. Without a failure, a process in training is lost when its beats stop for
-    ``silence_s``.
+    is gone have stopped for as long. Without a failure, a process is lost when its beats stop for ``silence_s``,
+    whatever it does: they come from a thread of their own, which needs nothing but Python's lock.
     """
 
     def __init__(
@@ -55,8 +55,8 @@ class Judge:
                 self._changed[index] = (beat, now)
         quiet = {index: now - since for index, (_, since) in self._changed.items()}
         if not failures:
-            training = [index for index in quiet if beats[index]["phase"] == TRAINING]
-            lost = [index for index in training if quiet[index] > self._silence_s]
+            running = [index for index in quiet if beats[index]["phase"] != FINISHED]
+            lost = [index for index in running if quiet[index] > self._silence_s]
             return self._verdict(lost, {}, beats) if lost else None
         if self._first_failure is None:
             self._first_failure = now

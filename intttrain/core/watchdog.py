@@ -28,11 +28,10 @@ from typing import NoReturn
 from intttrain.core.aborts import before_abort
 from intttrain.core.coordination import KeyValueStore, coordinator_address
 from intttrain.core.distributed import heartbeat_timeout_seconds
-from intttrain.core.errors import explain_exit
+from intttrain.core.errors import LOST_STATUS, explain_exit
 from intttrain.core.preflight import describe_processes
 from intttrain.core.verdict import AGAIN, FINISHED, TRAINING, Judge, Verdict
 
-LOST_STATUS = 4
 LONG_PHASE = 6  # times the limit: starting, compiling, saving, evaluating
 
 _PROBE_SECONDS = 2
@@ -46,7 +45,7 @@ class Timing:
       beat_s: between two beats.
       look_s: between two looks at the clocks, and at the store while a run ends.
       settle_s: from a failure to the verdict, for others to fail too and for beats to stop.
-      silence_s: without beats until a training process is lost; JAX's heartbeats abort all of them later.
+      silence_s: without beats until a process is lost; JAX's heartbeats abort all of them later.
       linger_s: that process 0, which keeps the store, stays for the others at most.
     """
 
@@ -175,7 +174,7 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
             return  # the main thread is about to end the process
         elif self._verdict is not None:
             self._end(self._verdict.line, LOST_STATUS)
-        elif self._store is not None and now.phase == TRAINING and quiet_s > self._timing.silence_s:
+        elif self._store is not None and quiet_s > self._timing.silence_s:
             self._end(f"{self._first()} has not answered for {quiet_s:.0f} s; {AGAIN}", LOST_STATUS)
 
     def _limit(self) -> int | None:

@@ -4,15 +4,15 @@
     python -m tests.app.kill_study --moments=20 --processes=2
 
 Every moment is the kill (signal 9) of one or of all processes, some time after one of them said that it takes a batch,
-saves or restores (``tests/app/marked.py``); the next start goes on. After each, the newest complete checkpoint has to
-hold what the undisturbed run had at that step, and the next start has to take that one.
+saves or restores (``tests/app/marked.py``); those that live on have to end by themselves and name it, and the next
+start goes on. After each, the newest complete checkpoint has to hold what the undisturbed run had at that step, and the
+next start has to take that one.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
-import contextlib
 import dataclasses
 import os
 import random
@@ -25,13 +25,15 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from intttrain.core.errors import LOST_STATUS
 from tests.app.small import REPO, World, checksums, make_world, metrics, steps
 
 PHASES = ("save", "step", "restore", "save")  # of four moments in a row; there is nothing to restore at first
 SLOW_S = {"save": 0.4, "step": 0.0, "restore": 0.2}
 STEPS_A_MOMENT = 3  # at most
 DEADLINE_S = 300.0  # for a machine that is busy with other things
-GRACE_S = 3.0  # for the survivors of a kill
+HEARTBEAT_S = 30  # after 0.8 of it a process that is gone is missed at the latest
+SURVIVAL_S = HEARTBEAT_S + 15.0  # of the others; they tell each other, and write their last words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +74,10 @@ class Run:
         if processes > 1:
             with socket.create_server(("127.0.0.1", 0)) as server:
                 port = server.getsockname()[1]
-            keep |= {"INTTTRAIN_COORDINATOR": f"127.0.0.1:{port}", "INTTTRAIN_NUM_PROCESSES": str(processes)}
+            keep |= {
+                "INTTTRAIN_COORDINATOR": f"127.0.0.1:{port}", "INTTTRAIN_NUM_PROCESSES": str(processes),
+                "INTTTRAIN_HEARTBEAT_TIMEOUT_SECONDS": str(HEARTBEAT_S),
+            }  # fmt: skip
         command = [sys.executable, "-m", "tests.app.marked", str(slow_s), "train", world.config, f"--workdir={workdir}"]
         self.processes = []
         for process, log in enumerate(self.logs):
@@ -98,7 +103,8 @@ class Run:
             status = process.wait(DEADLINE_S)
             assert status == 0, f"status {status}: {self.output()[-3000:]}"
 
-    def kill_at(self, moment: Moment) -> None:
+    def kill_at(self, moment: Moment) -> float:
+        """Kills, and returns how many seconds the last of the others lived on."""
         first, deadline = moment.victims[0], time.monotonic() + DEADLINE_S
         while self.logs[first].read_text().count(f"MARK {moment.phase}\n") < moment.count:
             assert self.processes[first].poll() is None, f"ended before {moment}: {self.output()[-3000:]}"
@@ -107,9 +113,15 @@ class Run:
         time.sleep(moment.delay_s)
         for victim in moment.victims:
             self.processes[victim].kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            for process in self.processes:
-                process.wait(GRACE_S)
+        began = time.monotonic()
+        others = [index for index in range(len(self.processes)) if index not in moment.victims]
+        for index in others:
+            status = self.processes[index].wait(max(0.0, SURVIVAL_S - (time.monotonic() - began)))
+            text = self.logs[index].read_text()
+            assert status == LOST_STATUS, f"process {index} ended with {status} after {moment}: {text[-3000:]}"
+            (line,) = (line for line in text.splitlines() if line.startswith("error: "))
+            assert re.match(rf"error: process {first} \(host .*lost", line), f"after {moment}: {line}"
+        return time.monotonic() - began if others else 0.0
 
 
 def where_it_was(run: Run, workdir: Path, moment: Moment) -> str:
@@ -125,8 +137,10 @@ def flags_for(num_steps: int, phase: str) -> list[str]:
     return [f"--config.train.num_steps={num_steps}", f"--config.train.checkpoint.every_steps={every}"]
 
 
-def study(world: World, straight: Path, workdir: Path, cache: Path, moments: Sequence[Moment]) -> Iterator[str]:
-    """Trains ``workdir`` through all the moments and yields what each interrupted.
+def study(
+    world: World, straight: Path, workdir: Path, cache: Path, moments: Sequence[Moment]
+) -> Iterator[tuple[str, float]]:
+    """Trains ``workdir`` through all the moments; yields what each interrupted, and how long others lived on.
 
     Raises:
       AssertionError: something differs from ``straight``, a run with a checkpoint of every step.
@@ -135,13 +149,13 @@ def study(world: World, straight: Path, workdir: Path, cache: Path, moments: Seq
     newest = 0
     for moment in moments:
         with Run(world, workdir, cache, processes, SLOW_S[moment.phase], flags_for(num_steps, moment.phase)) as run:
-            run.kill_at(moment)
+            survival_s = run.kill_at(moment)
         check_start(run, newest)
         complete = steps(workdir)
         newest = max(complete, default=0)
         for step in complete:
             assert checksums(workdir, step) == checksums(straight, step), f"step {step} after {moment}"
-        yield where_it_was(run, workdir, moment)
+        yield where_it_was(run, workdir, moment), survival_s
     with Run(world, workdir, cache, processes, 0.0, flags_for(num_steps, "save")) as run:
         run.finish()
     check_start(run, newest)
@@ -173,11 +187,11 @@ def main() -> None:
         with Run(world, root / "straight", root / "jax", arguments.processes, 0.0, flags) as run:
             run.finish()
         hit = []
-        for moment, where in zip(
-            moments, study(world, root / "straight", root / "killed", root / "jax", moments), strict=True
-        ):
+        results = study(world, root / "straight", root / "killed", root / "jax", moments)
+        for moment, (where, survival_s) in zip(moments, results, strict=True):
             hit.append(where)
-            print(f"{len(hit):3}: {moment}: interrupted a {where}", flush=True)
+            others = f"; the others named it and ended after {survival_s:.1f} s" if survival_s else ""
+            print(f"{len(hit):3}: {moment}: interrupted a {where}{others}", flush=True)
     counts = ", ".join(f"{number} in a {where}" for where, number in collections.Counter(hit).items())
     print(f"{len(hit)} kills ({counts}): every checkpoint, the end and the metrics are those of the undisturbed run")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-from intttrain.core.watchdog import LOST_STATUS
+from intttrain.core.errors import LOST_STATUS
 from tests.app.small import World, steps
 from tests.processes import REPO, processes
 

@@ -14,5 +14,5 @@ def test_killed_in_saves_steps_and_restores(world: World, straight: Path, tmp_pa
     moments = make_moments(4, processes=1, seed=2)
     assert sum(moment.count for moment in moments if moment.phase != "restore") < NUM_STEPS
     cache = Path(str(jax.config.jax_compilation_cache_dir))
-    hit = list(study(world, straight, tmp_path / "killed", cache, moments))
+    hit = [where for where, _ in study(world, straight, tmp_path / "killed", cache, moments)]
     assert len(hit) == len(moments) and "save" in hit, hit

@@ -15,7 +15,7 @@ import pytest
 
 from intttrain.core import distributed
 from intttrain.core.distributed import choose_start, start_distributed
-from intttrain.core.errors import UserError
+from intttrain.core.errors import LOST_STATUS, UserError
 
 REPO = Path(__file__).resolve().parents[2]
 EXPLICIT = {"INTTTRAIN_COORDINATOR": "h0:8476", "INTTTRAIN_NUM_PROCESSES": "4", "INTTTRAIN_PROCESS_ID": "3"}
@@ -32,7 +32,7 @@ try:
     start_distributed()
 except UserError as error:
     print("error:", error, file=sys.stderr, flush=True)
-    sys.exit(2)
+    sys.exit(error.status)
 print(describe_start())
 """
 
@@ -146,10 +146,10 @@ def explicit(index: int, count: int, port: int, timeout: int = 60) -> dict[str, 
     }
 
 
-def refused(process: subprocess.Popen[str]) -> str:
-    """The error line of a process that must end with status 2 and without a stack trace."""
+def refused(process: subprocess.Popen[str], status: int = 2) -> str:
+    """The error line of a process that must end with ``status`` and without a stack trace."""
     _, text = process.communicate(timeout=60)
-    assert process.returncode == 2, text
+    assert process.returncode == status, text
     assert "Traceback" not in text and "stack trace" not in text
     (line,) = (line for line in text.splitlines() if line.startswith("error: "))
     return line
@@ -157,14 +157,14 @@ def refused(process: subprocess.Popen[str]) -> str:
 
 def test_a_coordinator_that_is_not_there():
     port = free_port()
-    line = refused(launch(**explicit(1, 2, port, timeout=2)))
+    line = refused(launch(**explicit(1, 2, port, timeout=2)), LOST_STATUS)
     assert f"INTTTRAIN_COORDINATOR=127.0.0.1:{port}, where nobody answers" in line
     assert "INITIALIZATION_TIMEOUT_SECONDS=2" in line and "2 processes" in line
 
 
 def test_a_peer_that_never_comes():
     port = free_port()
-    line = refused(launch(**explicit(0, 2, port, timeout=2)))
+    line = refused(launch(**explicit(0, 2, port, timeout=2)), LOST_STATUS)
     assert f"INTTTRAIN_COORDINATOR=127.0.0.1:{port}, which answers, so another process is missing" in line
     assert "2 processes" in line
 
