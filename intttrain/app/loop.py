@@ -132,7 +132,7 @@ class _Loop:
         progress, start = self.progress, self.progress.step
         last = min(until_step, self.stages[-1].until_step)
         self._enter_stage(progress.stage)
-        while progress.step < last and not interrupts.stop(progress.step - start):
+        while progress.step < last and not self._is_interrupted(interrupts, progress.step - start):
             if progress.step == progress.stage.until_step:
                 self._enter_stage(self.stages[progress.stage.number])  # numbers begin at 1
             bad = self._make_step()
@@ -148,6 +148,10 @@ class _Loop:
         with self._during("saving"):
             self._save(force=True)
             self.checkpoints.wait()
+
+    def _is_interrupted(self, interrupts: Interrupts, steps: int) -> bool:
+        with self.log.times.waiting():  # for the answers of the other processes
+            return interrupts.stop(steps)
 
     def _enter_stage(self, stage: Stage) -> None:
         self.program = self.programs[stage.number - 1]
@@ -183,14 +187,13 @@ class _Loop:
     def _evaluate_and_save(self, *, force: bool) -> None:
         """Does what is due after a step; evaluates first, because the checkpoint holds the result."""
         progress, config = self.progress, self.progress.stage.config
-        with self.log.excluded():
-            if self.evaluation.is_due(progress.step):
-                with self._during("evaluating"):
-                    found = self.evaluation.evaluate(progress.step, config, progress.state["params"], self.program.mesh)
-                    self.writers.write(progress.step, found)
-            if force or self.checkpoints.should_save(progress.step):
-                with self._during("saving"):
-                    self._save(force=force)
+        if self.evaluation.is_due(progress.step):
+            with self._during("evaluating"):
+                found = self.evaluation.evaluate(progress.step, config, progress.state["params"], self.program.mesh)
+                self.writers.write(progress.step, found)
+        if force or self.checkpoints.should_save(progress.step):
+            with self._during("saving"):
+                self._save(force=force)
 
     def _save(self, *, force: bool) -> None:
         progress = self.progress
@@ -205,7 +208,7 @@ class _Loop:
     def _during(self, phase: str) -> Iterator[None]:
         """Counts the time of something that is no step, and may take longer than one."""
         self.watchdog.enter(phase)
-        with self.stopwatch.spent_on(phase):
+        with self.stopwatch.spent_on(phase), self.log.excluded():
             yield
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import signal
@@ -11,6 +12,8 @@ from pathlib import Path
 import jax
 
 from intttrain.core.errors import LOST_STATUS
+from intttrain.core.metrics import METRICS_FILE, read_metrics
+from intttrain.core.step_times import STEP_TIMES_FILE
 from tests.app.small import World, steps
 from tests.processes import REPO, processes
 
@@ -50,10 +53,11 @@ def test_hosts_that_differ_are_refused_before_anything_is_compiled(world: World,
     assert not any("Compiling" in output for output in outputs) and not workdir.exists()
 
 
-def test_one_process_is_asked_to_stop_and_later_killed(world: World, tmp_path: Path) -> None:
+def test_one_process_is_slow_then_asked_to_stop_and_later_killed(world: World, tmp_path: Path) -> None:
     workdir = tmp_path / "run"
     flags = ("--config.train.num_steps=1000000", "--config.train.checkpoint.every_steps=1000000")
     commands = [command(world, workdir, *flags)] * 2
+    slow = [commands[0], ["-m", "tests.app.slow_reader", "0.3", *commands[1][2:]]]
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
@@ -63,13 +67,16 @@ def test_one_process_is_asked_to_stop_and_later_killed(world: World, tmp_path: P
         metrics = workdir / "metrics.jsonl"
         return len(metrics.read_text().splitlines()) if metrics.exists() else 0
 
-    with processes(tmp_path, commands, [cache] * 2) as run:
-        run.wait_until(lambda: logged() > 3)
+    with processes(tmp_path, slow, [cache] * 2) as run:
+        run.wait_until(lambda: logged() > 6)
         run.all[1].send_signal(signal.SIGTERM)
         assert [run.status(0), run.status(1)] == [128 + signal.SIGTERM] * 2, run.output(1)
         (stopped,) = steps(workdir)
         assert f"stopped at step {stopped} of" in run.output(0)
-        assert stopped > 3
+        assert stopped > 6
+    assert read_metrics(workdir / METRICS_FILE)[-1]["hosts/slowest"] == 1
+    times = json.loads((workdir / STEP_TIMES_FILE).read_text())
+    assert times["1"]["own"]["median"] > 0.25 > times["0"]["own"]["median"]
 
     with processes(tmp_path, commands, [cache] * 2) as run:
         run.wait_until(lambda: logged() > stopped + 3)
