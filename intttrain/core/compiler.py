@@ -1,8 +1,8 @@
-"""Compiler options for every kind of chip, each with its reason: the only place where they are set.
+"""Compiler options for every kind of chip, each with its reason, and where compiled programs are kept.
 
 They travel with the jitted step (``jax.jit(compiler_options=...)``), so training and planning compile alike and nothing
 depends on ``XLA_FLAGS`` or ``LIBTPU_INIT_ARGS`` of a shell. Launchers set no flags; docs/launch.md names those that
-were looked at and left out.
+were looked at and left out. This is the only place where either is set.
 """
 
 from __future__ import annotations
@@ -11,6 +11,10 @@ import types
 from collections.abc import Mapping
 
 import jax
+
+from intttrain.core.workdir import Place
+
+PROGRAMS_FOLDER = "programs"
 
 # ``device_kind`` -> options.
 #
@@ -31,3 +35,14 @@ def compiler_options(device: jax.Device) -> dict[str, str] | None:
     """Returns the options for programs that run on this kind of device, ``None`` for the defaults."""
     options = COMPILER_OPTIONS.get(device.device_kind)
     return None if options is None else dict(options)
+
+
+def keep_programs(workdir: Place) -> None:
+    """Has JAX keep compiled programs in WORKDIR/programs, where the next start of the run finds them.
+
+    To be called before anything is compiled. ``JAX_COMPILATION_CACHE_DIR`` names another folder and
+    ``JAX_ENABLE_COMPILATION_CACHE=false`` keeps nothing. Nor is anything kept on CPUs, where a program fits only the
+    kind of processor that it was compiled on.
+    """
+    if jax.config.values["jax_compilation_cache_dir"] is None and jax.default_backend() != "cpu":
+        jax.config.update("jax_compilation_cache_dir", str(workdir / PROGRAMS_FOLDER))
