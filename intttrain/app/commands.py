@@ -13,7 +13,6 @@ from absl import flags
 from intttrain.app.hosts import check_hosts
 from intttrain.app.loop import train
 from intttrain.app.runs import load_trained, parameter_counts
-from intttrain.core.compiler import keep_programs
 from intttrain.core.config import Config, as_dict, resolve
 from intttrain.core.coordination import open_key_value_store
 from intttrain.core.distributed import process_index, start_distributed
@@ -98,7 +97,6 @@ def train_model(values: flags.FlagValues) -> int:
     start_distributed()
     with Watchdog(config.train.watchdog_seconds, open_key_value_store()) as watchdog:
         check_hosts(config, place)
-        keep_programs(place)
         tell = report if process_index() == 0 else lambda _: None
         with Workdir(place, (METRICS_FILE, GOODPUT_FILE), report) as workdir:
             result = train(config, workdir, stop_at_step=values.stop_at_step, watchdog=watchdog, report=tell)

@@ -14,6 +14,7 @@ from intttrain.app.runs import Identity, claim_workdir, make_identity, parameter
 from intttrain.app.skips import BadStep, Skips
 from intttrain.app.step_log import StepLog
 from intttrain.core.agreement import on_first_process
+from intttrain.core.compiler import keep_programs
 from intttrain.core.config import Config
 from intttrain.core.coordination import open_key_value_store
 from intttrain.core.distributed import process_index
@@ -70,6 +71,7 @@ def train(
     identity = make_identity(config)
     evaluation = LiveEvaluation(config, report)
     on_first_process(lambda: claim_workdir(workdir.place, identity))
+    keep_programs(workdir.place)
     with (
         Interrupts(config.train.log_every_steps) as interrupts,
         Checkpoints(str(workdir.place / "checkpoints"), config.train.checkpoint) as checkpoints,

@@ -40,7 +40,7 @@ def compiler_options(device: jax.Device) -> dict[str, str] | None:
 def keep_programs(workdir: Place) -> None:
     """Has JAX keep compiled programs in WORKDIR/programs, where the next start of the run finds them.
 
-    To be called before anything is compiled. ``JAX_COMPILATION_CACHE_DIR`` names another folder and
+    What was compiled before the call is not kept. ``JAX_COMPILATION_CACHE_DIR`` names another folder and
     ``JAX_ENABLE_COMPILATION_CACHE=false`` keeps nothing. Nor is anything kept on CPUs, where a program fits only the
     kind of processor that it was compiled on.
     """
