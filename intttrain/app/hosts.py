@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from intttrain.app.runs import CONFIG_FILE, has_run
+from intttrain.core.agreement import first_message, largest
 from intttrain.core.config import Config, as_dict
+from intttrain.core.distributed import process_index
 from intttrain.core.dotted import flatten
 from intttrain.core.errors import UserError
-from intttrain.core.preflight import check_agreement, check_devices, code_fingerprint
+from intttrain.core.preflight import check_agreement, check_devices, code_fingerprint, describe_processes
 from intttrain.core.workdir import Place
 from intttrain.data import TokenStore, make_tokenizer
 from intttrain.train import package_versions
+
+SHARED_WAIT_S = 60.0  # network file systems remember for a while that a file was not there
 
 
 def check_hosts(config: Config, workdir: Place) -> None:
@@ -28,6 +35,50 @@ def check_hosts(config: Config, workdir: Place) -> None:
     hosts = check_agreement(lambda: _facts(config, workdir))
     if len(hosts) > 1:
         check_devices(hosts)
+
+
+def check_shared(workdir: Place) -> None:
+    """Checks that every process sees the run that process 0 has just claimed; all of them call it together.
+
+    Raises:
+      UserError: the same on every process; one of them looks at another folder of that name.
+    """
+    end = time.monotonic() + SHARED_WAIT_S
+    while not has_run(workdir) and time.monotonic() < end:
+        time.sleep(1)
+    message = ""
+    if not has_run(workdir):
+        message = (
+            f"--workdir={workdir} on {_here()} is not that of process 0, whose {CONFIG_FILE} is not there; name a "
+            "folder that all hosts share, or one in a bucket"
+        )
+    if message := first_message(message):
+        raise UserError(message)
+
+
+def check_same_newest(step: int | None, folder: Place) -> None:
+    """Checks that all processes, which call it together, would go on from the same checkpoint.
+
+    Args:
+      step: the newest that this process sees in ``folder``.
+
+    Raises:
+      UserError: the same on every process.
+    """
+    newest = largest(-1 if step is None else step)
+    message = ""
+    if newest >= 0 and newest != step:
+        sees = "no checkpoint" if step is None else f"step {step} as the newest"
+        message = (
+            f"{_here()} sees {sees} in {folder}, another one sees step {newest}; use storage that all hosts share, "
+            "wait until it shows the same to all of them, and start again"
+        )
+    if message := first_message(message):
+        raise UserError(message)
+
+
+def _here() -> str:
+    return describe_processes([process_index()], {process_index(): socket.gethostname()})
 
 
 def _facts(config: Config, workdir: Place) -> dict[str, str]:

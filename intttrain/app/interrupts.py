@@ -5,29 +5,32 @@ from __future__ import annotations
 import contextlib
 import signal
 import types
+from collections.abc import Callable
 
-from intttrain.core.agreement import largest
+from intttrain.core.agreement import ask_largest
 from intttrain.core.distributed import process_count
 
 
 class Interrupts(contextlib.AbstractContextManager["Interrupts"]):
-    """Notes SIGTERM and Ctrl-C instead of dying, so that the loop can save first; a second one kills.
+    """Notes SIGTERM and Ctrl-C instead of dying, so that the loop can save first; a second one kills."""
 
-    Args:
-      ask_every: steps after which several processes ask each other; one alone looks after each.
-    """
-
-    def __init__(self, ask_every: int) -> None:
+    def __init__(self) -> None:
         self.received: int | None = None  # by any process
-        self._noted: int | None = None  # by this one; may come while the others are being asked
-        self._ask_every = ask_every if process_count() > 1 else 1
+        self._noted: int | None = None  # by this one
+        self._asked: Callable[[], int] | None = None
 
-    def stop(self, step: int) -> bool:
-        """Returns whether a process was interrupted; all get the same answer, at multiples of ``ask_every``."""
-        if step % self._ask_every == 0:
-            self.received = largest(self._noted or 0) or None
-            return self.received is not None
-        return False
+    def stop(self) -> bool:
+        """Returns whether a process was interrupted, to all processes the same; to be called before every step.
+
+        Several processes hear what they asked each other at the call before: like the numbers of a step, the answer
+        comes from the devices one step late, and nobody waits for it.
+        """
+        if process_count() == 1:
+            self.received = self._noted
+        else:
+            self.received = (self._asked() or None) if self._asked is not None else None
+            self._asked = ask_largest(self._noted or 0)
+        return self.received is not None
 
     def __enter__(self) -> Interrupts:
         self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}

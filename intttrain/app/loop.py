@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
+from intttrain.app.hosts import check_same_newest, check_shared
 from intttrain.app.interrupts import Interrupts
 from intttrain.app.live import LiveEvaluation
 from intttrain.app.observe import StepProfile
@@ -71,13 +72,15 @@ def train(
     identity = make_identity(config)
     evaluation = LiveEvaluation(config, report)
     on_first_process(lambda: claim_workdir(workdir.place, identity))
+    check_shared(workdir.place)
     keep_programs(workdir.place)
     with (
-        Interrupts(config.train.log_every_steps) as interrupts,
+        Interrupts() as interrupts,
         Checkpoints(str(workdir.place / "checkpoints"), config.train.checkpoint) as checkpoints,
         StepProfile(config.train.profile_steps, workdir.folder, report) as profile,
         watchdog.guard(),
     ):
+        check_same_newest(checkpoints.latest_step(), workdir.place / "checkpoints")
         progress = _start(config, stages, programs, checkpoints, identity, report)
         with make_metric_writers(
             workdir.folder, num_steps=config.train.num_steps, start_step=progress.step, process_index=process_index(),
@@ -131,10 +134,10 @@ class _Loop:
 
     def run(self, until_step: int, interrupts: Interrupts) -> None:
         """Makes steps until ``until_step``, the end of the run or an interruption, and saves."""
-        progress, start = self.progress, self.progress.step
+        progress = self.progress
         last = min(until_step, self.stages[-1].until_step)
         self._enter_stage(progress.stage)
-        while progress.step < last and not self._is_interrupted(interrupts, progress.step - start):
+        while progress.step < last and not self._is_interrupted(interrupts):
             if progress.step == progress.stage.until_step:
                 self._enter_stage(self.stages[progress.stage.number])  # numbers begin at 1
             bad = self._make_step()
@@ -151,9 +154,9 @@ class _Loop:
             self._save(force=True)
             self.checkpoints.wait()
 
-    def _is_interrupted(self, interrupts: Interrupts, steps: int) -> bool:
+    def _is_interrupted(self, interrupts: Interrupts) -> bool:
         with self.log.times.waiting():  # for the answers of the other processes
-            return interrupts.stop(steps)
+            return interrupts.stop()
 
     def _enter_stage(self, stage: Stage) -> None:
         self.program = self.programs[stage.number - 1]
@@ -182,8 +185,9 @@ class _Loop:
         return bad
 
     def _pass_over(self, bad: BadStep) -> None:
-        at = self.progress
-        at.state, at.step, at.cursor = at.skips.pass_over(bad, at.state, self.checkpoints, self.identity)
+        self.watchdog.enter("saving")  # if it is one too many
+        at, loss = self.progress, self.evaluation.loss_after(bad.step - 1)
+        at.state, at.step, at.cursor = at.skips.pass_over(bad, at.state, self.checkpoints, self.identity, loss)
         self.batches = _open_batches(at.stage, self.program, at.cursor)
 
     def _evaluate_and_save(self, *, force: bool) -> None:

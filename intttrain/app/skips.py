@@ -86,9 +86,14 @@ class Skips:
         self.batches = [(step, cursor) for step, cursor in batches]
 
     def pass_over(
-        self, bad: BadStep, state: TrainState, checkpoints: Checkpoints, identity: Identity
+        self, bad: BadStep, state: TrainState, checkpoints: Checkpoints, identity: Identity, heldout_loss: float | None
     ) -> tuple[TrainState, int, int]:
         """Returns state, step and data cursor to go on from, behind the rows of ``bad``.
+
+        Args:
+          bad: the step.
+          state: which it left as it was.
+          checkpoints, identity, heldout_loss: for that state, if it has to be saved.
 
         Raises:
           UnhealthyStepsError: it is one too many; the state, which is that before it, is saved.
@@ -98,7 +103,10 @@ class Skips:
         in_a_row = 1 + sum(step == good for step, _ in self.batches)
         total = 1 + len(self.batches)
         if in_a_row >= self._config.max_in_a_row or total >= self._config.max_total:
-            self._give_up(bad, healthy, in_a_row, total, checkpoints, identity)
+            good_info = identity.info(good, bad.cursor, skipped=self.batches, heldout_loss=heldout_loss)
+            checkpoints.save(good, dict(healthy), good_info, force=True)
+            checkpoints.wait()
+            raise self._too_many(bad, in_a_row, total)
         self.batches.append((good, bad.cursor))
         self._report(
             f"warning: step {bad.step}: {bad.reason}; the update was not applied, {bad.places} are skipped "
@@ -106,15 +114,11 @@ class Skips:
         )
         return healthy, good, bad.stage.cursor_after(bad.cursor)
 
-    def _give_up(
-        self, bad: BadStep, state: TrainState, in_a_row: int, total: int, checkpoints: Checkpoints, identity: Identity
-    ) -> None:
+    def _too_many(self, bad: BadStep, in_a_row: int, total: int) -> UnhealthyStepsError:
         good = bad.step - 1
-        checkpoints.save(good, dict(state), identity.info(good, bad.cursor, skipped=self.batches), force=True)
-        checkpoints.wait()
         earlier = [cursor for step, cursor in self.batches if step == good]
         before = f"; skipped before it: batches at data cursor {', '.join(map(str, earlier))}" if earlier else ""
-        raise UnhealthyStepsError(
+        return UnhealthyStepsError(
             f"step {bad.step}: {bad.reason}; the update was not applied and step {good} is saved. "
             f"Look at {bad.places}{before}. That makes {in_a_row} in a row (train.skip.max_in_a_row="
             f"{self._config.max_in_a_row}) and {total} in all (train.skip.max_total={self._config.max_total}): raise "

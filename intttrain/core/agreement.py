@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from intttrain.core.distributed import process_count, process_index
-from intttrain.core.errors import UserError
+from intttrain.core.errors import UserError, explain_exit
 
 _MESSAGE_BYTES = 4096
 
@@ -17,14 +21,14 @@ def on_first_process(action: Callable[[], None]) -> None:
     """Runs ``action`` on process 0 while the others wait.
 
     Raises:
-      UserError: on every process, if ``action`` raised one; nobody is left waiting.
+      UserError: on every process, if ``action`` raised one or an ``OSError``; nobody is left waiting.
     """
     message = ""
     if process_index() == 0:
         try:
             action()
-        except UserError as error:
-            message = str(error)
+        except (UserError, OSError) as error:
+            message, _ = explain_exit(error) or ("", 0)
     if process_count() > 1:
         message = _from_first(message)
     if message:
@@ -56,6 +60,27 @@ def largest(value: int) -> int:
     if process_count() == 1:
         return value
     return int(np.max(multihost_utils.process_allgather(np.int32(value))))
+
+
+def ask_largest(value: int) -> Callable[[], int]:
+    """Asks for the largest of the values that the processes bring, without waiting: the result does that.
+
+    The devices answer between the programs that they are given before and after.
+    """
+    if process_count() == 1:
+        return lambda: value
+    flags, largest_of = _flags()
+    values_D = jax.make_array_from_callback(flags.mesh.devices.shape, flags, lambda _: np.full(1, value, np.int32))
+    answer = largest_of(values_D)
+    return lambda: int(answer)
+
+
+@functools.cache
+def _flags() -> tuple[NamedSharding, Callable[[jax.Array], jax.Array]]:
+    """Returns the sharding of one number for every device, and the program that finds the largest for all."""
+    mesh = Mesh(np.asarray(jax.devices()), ("device",))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return NamedSharding(mesh, PartitionSpec("device")), jax.jit(jnp.max, out_shardings=everywhere)
 
 
 def first_message(message: str) -> str:

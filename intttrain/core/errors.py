@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable
 
 LOST_STATUS = 4
+FINAL_STATUSES = (2, 3)  # at which a launcher does not start again
 
 
 class UserError(Exception):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from intttrain.core.coordination import KeyValueStore
+from intttrain.core.errors import FINAL_STATUSES, LOST_STATUS
 from intttrain.core.preflight import describe_processes
 
 TRAINING, FINISHED = "training", "finished"  # phases that mean something here
@@ -24,16 +25,18 @@ class Verdict:
       lost: processes that ended without a word or stand still.
       failed: processes that said so.
       line: for people.
+      status: with which the processes end that did not fail by themselves.
     """
 
     together: bool
     lost: list[int]
     failed: list[int]
     line: str
+    status: int
 
 
 class Judge:
-    """Looks at what processes publish: ``beat`` (host, step, phase, count), ``failure`` (kind, line).
+    """Looks at what processes publish: ``beat`` (host, step, phase, count), ``failure`` (step, kind, line, status).
 
     A failure waits ``settle_s``: what one process did to all shows within that time, and the beats of a process that
     is gone have stopped for as long. Without a failure, a process is lost when its beats stop for ``silence_s``,
@@ -73,19 +76,24 @@ class Judge:
 
     def _verdict(self, lost: list[int], failures: Documents, beats: Documents) -> Verdict:
         hosts = {index: beat["host"] for index, beat in beats.items()}
+        status = LOST_STATUS
         if lost:
             step = max(beat["step"] for beat in beats.values())
             line = f"{describe_processes(lost, hosts)} {'was' if len(lost) == 1 else 'were'} lost after step {step}"
         elif hanging := [index for index, failure in failures.items() if failure["kind"] == "hang"]:
             line = f"{failures[min(hanging)]['line']}; {_standing(beats, hosts)}"
         else:
-            index = min(failures)
+            # What starting again cannot mend comes first: an error of the others may be what it did to them.
+            index = min(failures, key=lambda index: (failures[index]["status"] not in FINAL_STATUSES, index))
+            if failures[index]["status"] in FINAL_STATUSES:
+                status = failures[index]["status"]
             line = (
                 f"{describe_processes([index], hosts)} failed after step {failures[index]['step']}: "
                 f"{failures[index]['line']}"
             )
         together = len(failures) == self._store.count
-        return Verdict(together, lost, sorted(failures), f"{line}; {AGAIN}")
+        advice = f"; {AGAIN}" if status == LOST_STATUS else ""
+        return Verdict(together, lost, sorted(failures), f"{line}{advice}", status)
 
 
 def _standing(beats: Documents, hosts: Mapping[int, str]) -> str:

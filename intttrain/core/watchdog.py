@@ -127,9 +127,29 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
         if error is not None:
             self._fail(error)
         self.enter(FINISHED)
+        self._wake.set()
+        if error is None and self._store is not None:
+            self._wait_for_others(self._store)
         self._stopped.set()
         self._wake.set()
         self._cleanup.close()
+
+    def _wait_for_others(self, store: KeyValueStore) -> None:
+        """Returns when all have finished: JAX aborts every process when one comes to its end 300 s after another.
+
+        Meanwhile the threads go on, so a process that fails or is lost now ends the others as at any other time.
+        """
+        while self._verdict is None:
+            with contextlib.suppress(RuntimeError, TimeoutError):
+                if store.index != 0:
+                    store.get("all finished", 0, self._timing.beat_s)
+                    return
+                phases = [beat["phase"] for beat in store.all("beat").values()]
+                if phases.count(FINISHED) == store.count:
+                    store.put("all finished", {})
+                    return
+            sleep(self._timing.look_s)
+        self._stopped.wait()  # for the other thread, which ends the process
 
     # --- the two threads ---------------------------------------------------------------------------------------------
 
@@ -166,21 +186,22 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
 
     def look(self) -> None:
         """Ends the process if there is a reason to; what a thread does several times a second."""
-        now, limit_s = self._progress, self._limit()
+        now = self._progress
+        limit_s = self._limit(now.phase)
         quiet_s = monotonic() - self._answered
         if limit_s is not None and monotonic() - now.since > limit_s:
             self._end_hanging(f"nothing finished for {limit_s} s while {now.phase} after step {now.step}")
         elif self._failure is not None:
             return  # the main thread is about to end the process
         elif self._verdict is not None:
-            self._end(self._verdict.line, LOST_STATUS)
+            self._end(self._verdict.line, self._verdict.status)
         elif self._store is not None and quiet_s > self._timing.silence_s:
             self._end(f"{self._first()} has not answered for {quiet_s:.0f} s; {AGAIN}", LOST_STATUS)
 
-    def _limit(self) -> int | None:
-        if self._limit_s is None or self._progress.phase == TRAINING:
-            return self._limit_s
-        return LONG_PHASE * self._limit_s
+    def _limit(self, phase: str) -> int | None:
+        if self._limit_s is None or phase == FINISHED:  # and waiting for the others, who have limits of their own
+            return None
+        return self._limit_s if phase == TRAINING else LONG_PHASE * self._limit_s
 
     # --- ends --------------------------------------------------------------------------------------------------------
 
@@ -191,14 +212,14 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
         explained = explain_exit(error)
         line = explained[0] if explained else f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         self.enter("stopping")
-        verdict = self._wait_for_verdict("error", line)
+        verdict = self._wait_for_verdict("error", line, explained[1] if explained else 1)
         if verdict.together:
             return
         if not verdict.lost and self._store.index in verdict.failed:
             if explained is None:
                 traceback.print_exception(error)
             self._end(*(explained or (line, 1)))
-        self._end(f"{verdict.line} (here: {line})", LOST_STATUS)
+        self._end(f"{verdict.line} (here: {line})", verdict.status)
 
     def _end_hanging(self, line: str) -> None:
         index = self._store.index if self._store is not None else 0
@@ -208,16 +229,17 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
         if self._store is None:
             self._end(f"{line}; {AGAIN}", LOST_STATUS)
         else:
-            self._end(self._wait_for_verdict("hang", line).line, LOST_STATUS)
+            self._end(self._wait_for_verdict("hang", line, LOST_STATUS).line, LOST_STATUS)
 
     def _first(self) -> str:
         return describe_processes([0], {0: self._first_host})
 
-    def _wait_for_verdict(self, kind: str, line: str) -> Verdict:
-        self._failure = {"host": self._host, "step": self._progress.step, "kind": kind, "line": line}
+    def _wait_for_verdict(self, kind: str, line: str, status: int) -> Verdict:
+        step = self._progress.step
+        self._failure = {"host": self._host, "step": step, "kind": kind, "line": line, "status": status}
         self._wake.set()
         self._decided.wait(2 * self._timing.settle_s)
-        return self._verdict or Verdict(False, [0], [], f"{self._first()} does not answer; {AGAIN}")
+        return self._verdict or Verdict(False, [0], [], f"{self._first()} does not answer; {AGAIN}", LOST_STATUS)
 
     def _end(self, line: str, status: int) -> NoReturn:
         """Prints the line and ends the process; process 0 stays until the others have done so."""

@@ -26,7 +26,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from intttrain.core.errors import LOST_STATUS
-from tests.app.small import REPO, World, checksums, make_world, metrics, steps
+from tests.app.small import BATCH_ROWS, REPO, World, checksums, make_world, metrics, steps
 
 PHASES = ("save", "step", "restore", "save")  # of four moments in a row; there is nothing to restore at first
 SLOW_S = {"save": 0.4, "step": 0.0, "restore": 0.2}
@@ -132,9 +132,12 @@ def where_it_was(run: Run, workdir: Path, moment: Moment) -> str:
     return "restore" if log.count("MARK restore\n") > log.count("MARK restored\n") else "step"
 
 
-def flags_for(num_steps: int, phase: str) -> list[str]:
-    every = 2 if phase == "step" else 1
-    return [f"--config.train.num_steps={num_steps}", f"--config.train.checkpoint.every_steps={every}"]
+def flags_for(num_steps: int, phase: str, processes: int) -> list[str]:
+    every, rows = 2 if phase == "step" else 1, max(BATCH_ROWS, processes)
+    return [
+        f"--config.train.num_steps={num_steps}", f"--config.train.checkpoint.every_steps={every}",
+        f"--config.train.batch_rows={rows}",
+    ]  # fmt: skip
 
 
 def study(
@@ -148,7 +151,9 @@ def study(
     num_steps, processes = steps(straight)[-1], 1 + max(max(moment.victims) for moment in moments)
     newest = 0
     for moment in moments:
-        with Run(world, workdir, cache, processes, SLOW_S[moment.phase], flags_for(num_steps, moment.phase)) as run:
+        with Run(
+            world, workdir, cache, processes, SLOW_S[moment.phase], flags_for(num_steps, moment.phase, processes)
+        ) as run:
             survival_s = run.kill_at(moment)
         check_start(run, newest)
         complete = steps(workdir)
@@ -156,7 +161,7 @@ def study(
         for step in complete:
             assert checksums(workdir, step) == checksums(straight, step), f"step {step} after {moment}"
         yield where_it_was(run, workdir, moment), survival_s
-    with Run(world, workdir, cache, processes, 0.0, flags_for(num_steps, "save")) as run:
+    with Run(world, workdir, cache, processes, 0.0, flags_for(num_steps, "save", processes)) as run:
         run.finish()
     check_start(run, newest)
     assert steps(workdir)[-1] == num_steps
@@ -183,7 +188,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         world = make_world(root)
-        flags = [*flags_for(STEPS_A_MOMENT * len(moments) + 2, "save"), "--config.train.checkpoint.keep_last=1000"]
+        flags = [
+            *flags_for(STEPS_A_MOMENT * len(moments) + 2, "save", arguments.processes),
+            "--config.train.checkpoint.keep_last=1000",
+        ]
         with Run(world, root / "straight", root / "jax", arguments.processes, 0.0, flags) as run:
             run.finish()
         hit = []

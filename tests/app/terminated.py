@@ -1,4 +1,4 @@
-"""The `intttrain` program, in which one of the processes gets SIGTERM when it takes its second batch.
+"""The `intttrain` program, in which one of the processes gets SIGTERM when it takes its first batch.
 
 python -m tests.app.terminated PROCESS COMMAND --flag=value ...
 """
@@ -22,7 +22,7 @@ def main() -> None:
 
     def make_interrupted_batches(*args: Any, **kwargs: Any) -> Iterator[Batch]:
         for count, batch in enumerate(make_batches(*args, **kwargs), start=1):
-            if count == 2 and process_index() == int(process):
+            if count == 1 and process_index() == int(process):
                 signal.raise_signal(signal.SIGTERM)
             yield batch
 

@@ -18,6 +18,12 @@ from tests.app.small import World, steps
 from tests.processes import REPO, processes
 
 HOST = socket.gethostname()
+UNSHARED = """
+import sys
+from intttrain.app import cli, hosts
+hosts.SHARED_WAIT_S = 1.0
+sys.exit(cli.run(sys.argv[1:]))
+"""
 
 
 def command(world: World, workdir: Path, *flags: str) -> list[str]:
@@ -51,6 +57,27 @@ def test_hosts_that_differ_are_refused_before_anything_is_compiled(world: World,
     assert re.search(rf"the token store store is ({print_}) in {second} but (?!\1){print_} in {first}", line), line
     assert re.search(rf"the code of intttrain is ({print_}) in {third} but (?!\1){print_} in {first}", line), line
     assert not any("Compiling" in output for output in outputs) and not workdir.exists()
+
+
+def test_a_workdir_that_is_not_shared_is_refused(world: World, tmp_path: Path) -> None:
+    """Each process has a folder of its own under the same name, as on hosts without a common disk."""
+    places = [tmp_path / "first", tmp_path / "second"]
+    for place in places:
+        place.mkdir()
+    commands = [["-c", UNSHARED, *command(world, Path("run"))[2:]]] * 2
+    with processes(tmp_path, commands, [{"PWD": str(place)} for place in places]) as run:
+        assert [run.status(0), run.status(1)] == [2, 2], run.output(1)
+        assert run.error_line(0) == run.error_line(1)
+        line = run.error_line(0)
+    assert line.startswith(f"error: --workdir=run on process 1 (host {HOST}) is not that of process 0"), line
+    assert not (places[1] / "run").exists() and [path.name for path in (places[0] / "run").iterdir()] == ["config.json"]
+
+
+def test_a_workdir_that_cannot_be_made_ends_all_with_the_same_line(world: World, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with processes(tmp_path, [command(world, tmp_path / "file" / "run")] * 2) as run:
+        assert [run.status(0), run.status(1)] == [2, 2], run.output(1)
+        assert run.error_line(0) == run.error_line(1) == f"error: Not a directory: {tmp_path / 'file' / 'run'}"
 
 
 def test_one_process_is_slow_then_asked_to_stop_and_later_killed(world: World, tmp_path: Path) -> None:

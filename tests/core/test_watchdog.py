@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import socket
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -52,8 +54,9 @@ class Run:
             document = {"host": "abc"[index], "step": step, "phase": phase, "count": self.count}
             self.shelf.documents["beat", index] = document
 
-    def fail(self, index: int, line: str = "connection closed", kind: str = "error", step: int = 7) -> None:
-        self.shelf.documents["failure", index] = {"host": "abc"[index], "step": step, "kind": kind, "line": line}
+    def fail(self, index: int, line: str = "connection closed", *, kind: str = "error", status: int = 1) -> None:
+        document = {"host": "abc"[index], "step": 7, "kind": kind, "line": line, "status": status}
+        self.shelf.documents["failure", index] = document
 
     def look(self, seconds: int, *alive: int) -> Verdict | None:
         """Lets some processes go on beating, and returns the first verdict."""
@@ -105,6 +108,21 @@ def test_several_lost(run: Run) -> None:
     verdict = run.look(12, 0)
     assert verdict is not None
     assert verdict.line.startswith("processes 1 (host b), 2 (host c) were lost after step 7; ")
+
+
+def test_what_the_user_can_fix_is_not_tried_again_by_the_others(run: Run) -> None:
+    run.fail(0, "connection closed")
+    run.fail(1, "the disk is full", status=2)
+    verdict = run.look(12, 0, 1, 2)
+    assert verdict is not None
+    assert (verdict.lost, verdict.failed, verdict.status) == ([], [0, 1], 2)
+    assert verdict.line == "process 1 (host b) failed after step 7: the disk is full"
+
+
+def test_a_process_that_is_lost_as_well_may_be_why(run: Run) -> None:
+    run.fail(1, "the disk is full", status=2)
+    verdict = run.look(12, 0, 1)
+    assert verdict is not None and verdict.lost == [2] and verdict.status == LOST_STATUS
 
 
 def test_all_fail_together_without_waiting(run: Run) -> None:
@@ -201,18 +219,41 @@ def test_process_0_that_does_not_answer(clock: Clock, capfd: pytest.CaptureFixtu
     assert "error: process 0 (host unknown) has not answered for 81 s" in capfd.readouterr().err
 
 
-def test_the_last_beat_says_that_it_is_finished() -> None:
-    shelf = Shelf(1)
-    with Watchdog(None, shelf, timing=Timing(beat_s=0.01)) as dog:
-        dog.beat(5)
-    assert shelf.documents["beat", 1]["phase"] == FINISHED and shelf.documents["beat", 1]["step"] == 5
+@pytest.mark.parametrize("last", [0, 2])
+def test_nobody_leaves_before_all_have_finished(last: int) -> None:
+    """Whoever comes last: JAX aborts all processes when one of them shuts down long before another."""
+    documents: dict[tuple[str, int], dict[str, Any]] = {}
+    begun, done, left = threading.Barrier(4), threading.Event(), list[int]()
+
+    def work(index: int) -> None:
+        with Watchdog(1, Shelf(index, documents), timing=Timing(beat_s=0.01, look_s=0.01)) as dog:
+            dog.beat(5)
+            begun.wait()
+            if index == last:
+                done.wait()
+        left.append(index)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(3)]
+    for thread in threads:
+        thread.start()
+    begun.wait()
+    while sum(documents.get(("beat", index), {}).get("phase") == FINISHED for index in range(3)) < 2:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert left == []
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert sorted(left) == [0, 1, 2]
+    assert [documents["beat", index]["step"] for index in range(3)] == [5, 5, 5]
 
 
 @pytest.mark.parametrize("guarded", [True, False])
 def test_an_exception_of_all_processes_comes_through(guarded: bool) -> None:
     shelf = Shelf(0)
     for index in (1, 2):
-        shelf.documents["failure", index] = {"host": "b", "step": 0, "kind": "error", "line": "too large"}
+        document = {"host": "b", "step": 0, "kind": "error", "line": "too large", "status": 2}
+        shelf.documents["failure", index] = document
     with (
         pytest.raises(UserError, match="too large"),
         Watchdog(None, shelf, timing=Timing(beat_s=0.01, look_s=0.01)) as dog,
@@ -264,7 +305,7 @@ def test_standing_still(stopped: int, tmp_path: Path) -> None:
 def test_failing_alone(tmp_path: Path) -> None:
     """The others wait in a collective and would not learn of it."""
     with processes(tmp_path, [(WATCHED, "600", "5")] * 2) as run:
-        assert [run.status(0), run.status(1)] == [LOST_STATUS, 2]
+        assert [run.status(0), run.status(1)] == [2, 2], "a launcher that looks at one of them does not start again"
         assert run.error_line(1) == "error: the disk of this host is full"
         line = run.error_line(0)
-    assert line.startswith(f"error: process 1 (host {HOST}) failed after step 5: the disk of this host is full; start")
+    assert line.startswith(f"error: process 1 (host {HOST}) failed after step 5: the disk of this host is full")
