@@ -1,7 +1,8 @@
 # Nothing but Python (>= 3.11) and make is needed; every target installs what it uses into .venv, once.
 #
 #   make demo     train a small model and its dense twin, evaluate both        (base package only)
-#   make test     the tests                                                    (also torch, TensorFlow, linters)
+#   make test     the tests, without a few that take minutes                   (also torch, TensorFlow, linters)
+#   make test-slow  those few
 #   make check    format, lint, types, layers
 #
 # Settings, for example `make test PYTHON=python3.13`:
@@ -21,7 +22,7 @@ unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH
 
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test check check-plan golden clean
+.PHONY: help demo test test-slow check check-plan golden clean
 
 python := $(VENV)/bin/python
 base   := $(VENV)/.installed-base
@@ -32,7 +33,8 @@ everything := '.[code,dev,gcs,hf,ruler,tf,tpu]'
 
 help:
 	@echo "make demo     train a small model and its dense twin on this machine and compare them"
-	@echo "make test     run the tests"
+	@echo "make test     run the tests, without a few that take minutes"
+	@echo "make test-slow  run those few"
 	@echo "make check    format, lint, types, layers"
 	@echo "make check-plan  compile one shipped plan again and compare it with docs/plans.json"
 	@echo "make golden   rewrite the golden files of the tests; read the diff afterwards"
@@ -43,6 +45,9 @@ demo: $(base)
 
 test: $(full)
 	$(python) -m pytest -n $(JOBS) --dist worksteal $(TESTS)
+
+test-slow: $(full)
+	$(python) -m pytest -n $(JOBS) --dist worksteal -m slow
 
 check: $(full)
 	$(python) -m ruff check .

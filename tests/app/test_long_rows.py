@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from tests.app.small import BATCH_ROWS, CONFIG_TEXT, NUM_STEPS, checksums
 from tests.app.test_processes import REPO, losses
@@ -39,6 +40,7 @@ def intttrain(root: Path, command: str, *flags: str, devices: int = 8) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_row_of_128k_tokens_over_eight_devices_trains_stops_and_goes_on(tmp_path: Path) -> None:
     corpus = tmp_path / "corpus"
     corpus.mkdir()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from tests.app.small import World, checksums, done, steps
 from tests.forced_devices import COMPILE_FAST
@@ -63,6 +64,7 @@ def evaluations(workdir: Path) -> dict[int, tuple[float, float]]:
     return {record["step"]: (record["eval/on"], record["eval/off"]) for record in records if "eval/on" in record}
 
 
+@pytest.mark.slow
 def test_four_processes_train_as_one_and_others_go_on_from_either(world: World, tmp_path: Path) -> None:
     """Both layouts straight through; and each stopped half-way, to be finished by others."""
     one, four, one_four, four_one, alone = (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.devices.equality import meshes
 from tests.forced_devices import on_eight_cpu_devices
 
@@ -9,6 +11,7 @@ from tests.forced_devices import on_eight_cpu_devices
 TOLERANCE = {"gradient": 1e-5, "loss": 2e-6, "row_loss": 2e-6, "params": 1e-5}
 
 
+@pytest.mark.slow
 def test_eight_devices_compute_what_one_computes_and_the_planner_lowers_it() -> None:
     """One test, because all of it comes from one process that compiles for minutes."""
     found = on_eight_cpu_devices("tests.devices.equality")
