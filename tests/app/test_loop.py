@@ -140,18 +140,20 @@ def test_sigterm_saves_and_resume_is_never_having_stopped(
 def test_a_signal_while_the_processes_ask_each_other_is_not_lost(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Too late for the third question it is in the fourth, whose answer comes before the fifth step."""
     asked = []
 
-    def ask(value: int) -> int:
+    def ask(value: int) -> Callable[[], int]:
         asked.append(value)
         if len(asked) == 3:
             signal.raise_signal(signal.SIGTERM)
-        return value
+        return lambda: value
 
-    monkeypatch.setattr("intttrain.app.interrupts.largest", ask)
+    monkeypatch.setattr("intttrain.app.interrupts.process_count", lambda: 2)
+    monkeypatch.setattr("intttrain.app.interrupts.ask_largest", ask)
     outcome = cli("train", world.config, f"--workdir={tmp_path / 'run'}")
-    assert outcome.status == 143 and asked == [0, 0, 0, signal.SIGTERM]
-    assert "stopped at step 3 of 10" in outcome.out
+    assert outcome.status == 143 and asked[:4] == [0, 0, 0, signal.SIGTERM]
+    assert "stopped at step 4 of 10" in outcome.out
 
 
 def test_control_c_saves_first(world: World, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
