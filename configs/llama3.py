@@ -14,8 +14,8 @@ Predicted, "-" where there is no plan yet; "A / B" is with TTT / dense:
 
     | variant      | topology    | mesh                 | rows x tokens | peak GiB    | step s         |
     |--------------|-------------|----------------------|---------------|-------------|----------------|
-    | 8b_32k       | v5p:4x4x4   | fsdp 64              | 64 x 32768    | 43.1 / -    | 8.61 * / -     |
-    | 8b_128k      | v5p:4x4x4   | fsdp 16 x context 4  | 16 x 131072   | 43.0 / -    | 18.78 * / -    |
+    | 8b_32k       | v5p:4x4x4   | fsdp 64              | 64 x 32768    | 35.3 / -    | 7.91 / -       |
+    | 8b_128k      | v5p:4x4x4   | fsdp 16 x context 4  | 16 x 131072   | 42.6 / -    | 16.27 / -      |
 
 Other topologies and lengths: `docs/configs.md`.
 """
