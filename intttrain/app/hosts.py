@@ -52,8 +52,7 @@ def check_shared(workdir: Place) -> None:
             f"--workdir={workdir} on {_here()} is not that of process 0, whose {CONFIG_FILE} is not there; name a "
             "folder that all hosts share, or one in a bucket"
         )
-    if message := first_message(message):
-        raise UserError(message)
+    _refuse_together(message)
 
 
 def check_same_newest(step: int | None, folder: Place) -> None:
@@ -73,6 +72,11 @@ def check_same_newest(step: int | None, folder: Place) -> None:
             f"{_here()} sees {sees} in {folder}, another one sees step {newest}; use storage that all hosts share, "
             "wait until it shows the same to all of them, and start again"
         )
+    _refuse_together(message)
+
+
+def _refuse_together(message: str) -> None:
+    """Raises on all processes what the first one says that has something to say."""
     if message := first_message(message):
         raise UserError(message)
 

@@ -7,6 +7,8 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
+import jax.numpy as jnp
+
 from intttrain.app.hosts import check_same_newest, check_shared
 from intttrain.app.interrupts import Interrupts
 from intttrain.app.live import LiveEvaluation
@@ -80,8 +82,9 @@ def train(
         StepProfile(config.train.profile_steps, workdir.folder, report) as profile,
         watchdog.guard(),
     ):
-        check_same_newest(checkpoints.latest_step(), workdir.place / "checkpoints")
-        progress = _start(config, stages, programs, checkpoints, identity, report)
+        newest = checkpoints.latest_step()
+        check_same_newest(newest, workdir.place / "checkpoints")
+        progress = _start(config, stages, programs, checkpoints, newest, identity, report)
         with make_metric_writers(
             workdir.folder, num_steps=config.train.num_steps, start_step=progress.step, process_index=process_index(),
             stopwatch=stopwatch, wandb_project=config.train.wandb_project, name=config.name, place=workdir.place,
@@ -151,8 +154,7 @@ class _Loop:
         if bad := self.log.read_rest():  # of an interrupted run
             self._pass_over(bad)
         with self._during("saving"):
-            self._save(force=True)
-            self.checkpoints.wait()
+            self._save_and_wait()
 
     def _is_interrupted(self, interrupts: Interrupts) -> bool:
         with self.log.times.waiting():  # for the answers of the other processes
@@ -186,8 +188,10 @@ class _Loop:
 
     def _pass_over(self, bad: BadStep) -> None:
         self.watchdog.enter("saving")  # if it is one too many
-        at, loss = self.progress, self.evaluation.loss_after(bad.step - 1)
-        at.state, at.step, at.cursor = at.skips.pass_over(bad, at.state, self.checkpoints, self.identity, loss)
+        at = self.progress
+        at.state = {**at.state, "healthy": jnp.logical_or(at.state["healthy"], True)}
+        at.step, at.cursor = bad.step - 1, bad.cursor
+        at.cursor = at.skips.pass_over(bad, self._save_and_wait)
         self.batches = _open_batches(at.stage, self.program, at.cursor)
 
     def _evaluate_and_save(self, *, force: bool) -> None:
@@ -200,6 +204,10 @@ class _Loop:
         if force or self.checkpoints.should_save(progress.step):
             with self._during("saving"):
                 self._save(force=force)
+
+    def _save_and_wait(self) -> None:
+        self._save(force=True)
+        self.checkpoints.wait()
 
     def _save(self, *, force: bool) -> None:
         progress = self.progress
@@ -242,12 +250,12 @@ def _open_batches(stage: Stage, program: Program, cursor: int) -> Iterator[Batch
 
 def _start(
     config: Config, stages: tuple[Stage, ...], programs: Sequence[Program], checkpoints: Checkpoints,
-    identity: Identity, report: Callable[[str], None],
+    newest: int | None, identity: Identity, report: Callable[[str], None],
 ) -> _Progress:  # fmt: skip
     """Returns where to go on from: the newest intact checkpoint, else a fresh model."""
     counts = parameter_counts(config)
     size = f"{human_count(counts['parameters'])} parameters ({human_count(counts['ttt_parameters'])} for TTT)"
-    if checkpoints.latest_step() is None:
+    if newest is None:
         report(f"{config.name}: new run, {size}, {config.train.num_steps} steps; {_where(stages[0])}compiling")
         return _Progress(stages[0], programs[0].init(), 0, 0, Skips(config.train.skip, (), report))
     state, info = checkpoints.restore_latest(lambda step: programs[stage_after(stages, step).number - 1].state, report)

@@ -9,15 +9,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-import jax.numpy as jnp
 import numpy as np
 
-from intttrain.app.runs import Identity
 from intttrain.core.config_train import SkipConfig
 from intttrain.core.errors import UserError
 from intttrain.core.stages import Stage
 from intttrain.data import describe_rows
-from intttrain.train import Checkpoints, StepMetrics, TrainState
+from intttrain.train import StepMetrics
 
 
 class UnhealthyStepsError(UserError):
@@ -85,34 +83,28 @@ class Skips:
         self._config, self._report = config, report
         self.batches = [(step, cursor) for step, cursor in batches]
 
-    def pass_over(
-        self, bad: BadStep, state: TrainState, checkpoints: Checkpoints, identity: Identity, heldout_loss: float | None
-    ) -> tuple[TrainState, int, int]:
-        """Returns state, step and data cursor to go on from, behind the rows of ``bad``.
+    def pass_over(self, bad: BadStep, save: Callable[[], None]) -> int:
+        """Returns the data cursor to go on from, behind the rows of ``bad``.
 
         Args:
           bad: the step.
-          state: which it left as it was.
-          checkpoints, identity, heldout_loss: for that state, if it has to be saved.
+          save: called if it is one too many, with the run back before it.
 
         Raises:
-          UnhealthyStepsError: it is one too many; the state, which is that before it, is saved.
+          UnhealthyStepsError: it is one too many; what is before it is saved.
         """
         good = bad.step - 1
-        healthy: TrainState = {**state, "healthy": jnp.logical_or(state["healthy"], True)}
         in_a_row = 1 + sum(step == good for step, _ in self.batches)
         total = 1 + len(self.batches)
         if in_a_row >= self._config.max_in_a_row or total >= self._config.max_total:
-            good_info = identity.info(good, bad.cursor, skipped=self.batches, heldout_loss=heldout_loss)
-            checkpoints.save(good, dict(healthy), good_info, force=True)
-            checkpoints.wait()
+            save()
             raise self._too_many(bad, in_a_row, total)
         self.batches.append((good, bad.cursor))
         self._report(
             f"warning: step {bad.step}: {bad.reason}; the update was not applied, {bad.places} are skipped "
             f"({in_a_row} in a row, {total} in all)"
         )
-        return healthy, good, bad.stage.cursor_after(bad.cursor)
+        return bad.stage.cursor_after(bad.cursor)
 
     def _too_many(self, bad: BadStep, in_a_row: int, total: int) -> UnhealthyStepsError:
         good = bad.step - 1

@@ -57,9 +57,7 @@ def decided_by_first(flags_N: np.ndarray) -> np.ndarray:
 
 def largest(value: int) -> int:
     """Returns the largest of the values that the processes bring."""
-    if process_count() == 1:
-        return value
-    return int(np.max(multihost_utils.process_allgather(np.int32(value))))
+    return ask_largest(value)()
 
 
 def ask_largest(value: int) -> Callable[[], int]:

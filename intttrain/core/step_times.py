@@ -7,8 +7,10 @@ every host wait alike; that needs a trace (``train.profile_steps``).
 
 from __future__ import annotations
 
+import bisect
 import collections
 import contextlib
+import itertools
 import math
 import socket
 import statistics
@@ -136,7 +138,11 @@ def _begin(bucket: int) -> float:
 def _describe(counts: Mapping[str, int]) -> dict[str, Any]:
     """Returns quantiles, as the lower ends of their buckets, and the counts by lower end, all in seconds."""
     numbers = {int(bucket): n for bucket, n in counts.items()}
-    every = sorted(collections.Counter(numbers).elements())
+    buckets = sorted(numbers)
+    until = list(itertools.accumulate(numbers[bucket] for bucket in buckets))  # steps in a bucket and all before it
     at = {"median": 0.5, "p99": 0.99, "max": 1.0}
-    quantiles = {name: _begin(every[min(len(every) - 1, int(q * len(every)))]) for name, q in at.items() if every}
-    return quantiles | {"steps_by_seconds": {f"{_begin(bucket):g}": numbers[bucket] for bucket in sorted(numbers)}}
+    quantiles = {
+        name: _begin(buckets[bisect.bisect_right(until, min(until[-1] - 1, int(q * until[-1])))])
+        for name, q in at.items() if buckets
+    }  # fmt: skip
+    return quantiles | {"steps_by_seconds": {f"{_begin(bucket):g}": numbers[bucket] for bucket in buckets}}

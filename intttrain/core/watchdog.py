@@ -144,8 +144,7 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
                 if store.index != 0:
                     store.get("all finished", 0, self._timing.beat_s)
                     return
-                phases = [beat["phase"] for beat in store.all("beat").values()]
-                if phases.count(FINISHED) == store.count:
+                if len(_finished(store)) == store.count:
                     store.put("all finished", {})
                     return
             sleep(self._timing.look_s)
@@ -259,8 +258,7 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
         with contextlib.suppress(RuntimeError):
             store.put("ended", {})
             while store.index == 0:
-                gone = {index for index, beat in store.all("beat").items() if beat["phase"] == FINISHED}
-                gone |= {*store.all("ended"), *(self._verdict.lost if self._verdict else ())}
+                gone = _finished(store) | {*store.all("ended"), *(self._verdict.lost if self._verdict else ())}
                 if len(gone) == store.count:
                     return
                 sleep(self._timing.look_s)
@@ -274,3 +272,7 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
             line = f"{self._first()}, which coordinates, was lost after step {self._progress.step}; {AGAIN}"
             print(f"error: {line}", file=sys.stderr, flush=True)
             self._leave(LOST_STATUS)
+
+
+def _finished(store: KeyValueStore) -> set[int]:
+    return {index for index, beat in store.all("beat").items() if beat["phase"] == FINISHED}

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from intttrain.core.step_times import WINDOW, StepTimes
+from tests.core.shelf import Shelf
 
 HOST = socket.gethostname()
 
@@ -18,22 +19,6 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
-
-
-class Shelf:
-    """The store of three processes, seen by one of them."""
-
-    def __init__(self, index: int, documents: dict[tuple[str, int], dict[str, Any]]) -> None:
-        self.index, self.count, self.documents = index, 3, documents
-
-    def put(self, folder: str, document: Mapping[str, Any]) -> None:
-        self.documents[folder, self.index] = dict(document)
-
-    def get(self, folder: str, index: int, timeout_s: float) -> dict[str, Any]:
-        raise NotImplementedError
-
-    def all(self, folder: str) -> dict[int, dict[str, Any]]:
-        return {index: document for (name, index), document in self.documents.items() if name == folder}
 
 
 class Three:

@@ -6,7 +6,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +16,11 @@ from intttrain.core import watchdog as module
 from intttrain.core.errors import LOST_STATUS, UserError
 from intttrain.core.verdict import FINISHED, TRAINING, Judge, Verdict
 from intttrain.core.watchdog import LONG_PHASE, Timing, Watchdog
+from tests.core.shelf import Shelf
 from tests.processes import processes
 
 HOST = socket.gethostname()
 WATCHED = str(Path(__file__).parent / "watched.py")
-
-
-class Shelf:
-    """The store of three processes, seen by process ``index``."""
-
-    def __init__(self, index: int = 0, documents: dict[tuple[str, int], dict[str, Any]] | None = None) -> None:
-        self.index, self.count = index, 3
-        self.documents = {} if documents is None else documents
-
-    def put(self, folder: str, document: Mapping[str, Any]) -> None:
-        self.documents[folder, self.index] = dict(document)
-
-    def get(self, folder: str, index: int, timeout_s: float) -> dict[str, Any]:
-        if (folder, index) not in self.documents:
-            raise TimeoutError
-        return self.documents[folder, index]
-
-    def all(self, folder: str) -> dict[int, dict[str, Any]]:
-        return {index: document for (name, index), document in self.documents.items() if name == folder}
 
 
 class Run:
