@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-LOST_STATUS = 4
+RESTART_STATUS = 4  # at which a launcher starts again
 FINAL_STATUSES = (2, 3)  # at which a launcher does not start again
 
 
@@ -19,10 +19,17 @@ class UserError(Exception):
     status = 2
 
 
-class MissingProcessError(UserError):
-    """Another process of the run is not there. Nothing is wrong with the command: starting again may help."""
+class PassingError(UserError):
+    """Something that nobody has to fix: a network, a storage service or a device that is not there for the moment.
 
-    status = LOST_STATUS
+    It was tried again for a while. Nothing is wrong with the command: starting it again later may help.
+    """
+
+    status = RESTART_STATUS
+
+
+class MissingProcessError(PassingError):
+    """Another process of the run is not there."""
 
 
 def explain_exit(error: BaseException) -> tuple[str, int] | None:

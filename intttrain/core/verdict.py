@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from intttrain.core.coordination import KeyValueStore
-from intttrain.core.errors import FINAL_STATUSES, LOST_STATUS
+from intttrain.core.errors import FINAL_STATUSES, RESTART_STATUS
 from intttrain.core.preflight import describe_processes
 
 TRAINING, FINISHED = "training", "finished"  # phases that mean something here
@@ -76,7 +76,7 @@ class Judge:
 
     def _verdict(self, lost: list[int], failures: Documents, beats: Documents) -> Verdict:
         hosts = {index: beat["host"] for index, beat in beats.items()}
-        status = LOST_STATUS
+        status = RESTART_STATUS
         if lost:
             step = max(beat["step"] for beat in beats.values())
             line = f"{describe_processes(lost, hosts)} {'was' if len(lost) == 1 else 'were'} lost after step {step}"
@@ -92,7 +92,7 @@ class Judge:
                 f"{failures[index]['line']}"
             )
         together = len(failures) == self._store.count
-        advice = f"; {AGAIN}" if status == LOST_STATUS else ""
+        advice = f"; {AGAIN}" if status == RESTART_STATUS else ""
         return Verdict(together, lost, sorted(failures), f"{line}{advice}", status)
 
 

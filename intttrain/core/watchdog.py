@@ -28,7 +28,7 @@ from typing import NoReturn
 from intttrain.core.aborts import before_abort
 from intttrain.core.coordination import KeyValueStore, coordinator_address
 from intttrain.core.distributed import heartbeat_timeout_seconds
-from intttrain.core.errors import LOST_STATUS, explain_exit
+from intttrain.core.errors import RESTART_STATUS, explain_exit
 from intttrain.core.preflight import describe_processes
 from intttrain.core.verdict import AGAIN, FINISHED, TRAINING, Judge, Verdict
 
@@ -195,7 +195,7 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
         elif self._verdict is not None:
             self._end(self._verdict.line, self._verdict.status)
         elif self._store is not None and quiet_s > self._timing.silence_s:
-            self._end(f"{self._first()} has not answered for {quiet_s:.0f} s; {AGAIN}", LOST_STATUS)
+            self._end(f"{self._first()} has not answered for {quiet_s:.0f} s; {AGAIN}", RESTART_STATUS)
 
     def _limit(self, phase: str) -> int | None:
         if self._limit_s is None or phase == FINISHED:  # and waiting for the others, who have limits of their own
@@ -226,9 +226,9 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
         print(f"watchdog: {who}: {line}; all threads:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
         if self._store is None:
-            self._end(f"{line}; {AGAIN}", LOST_STATUS)
+            self._end(f"{line}; {AGAIN}", RESTART_STATUS)
         else:
-            self._end(self._wait_for_verdict("hang", line, LOST_STATUS).line, LOST_STATUS)
+            self._end(self._wait_for_verdict("hang", line, RESTART_STATUS).line, RESTART_STATUS)
 
     def _first(self) -> str:
         return describe_processes([0], {0: self._first_host})
@@ -238,7 +238,7 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
         self._failure = {"host": self._host, "step": step, "kind": kind, "line": line, "status": status}
         self._wake.set()
         self._decided.wait(2 * self._timing.settle_s)
-        return self._verdict or Verdict(False, [0], [], f"{self._first()} does not answer; {AGAIN}", LOST_STATUS)
+        return self._verdict or Verdict(False, [0], [], f"{self._first()} does not answer; {AGAIN}", RESTART_STATUS)
 
     def _end(self, line: str, status: int) -> NoReturn:
         """Prints the line and ends the process; process 0 stays until the others have done so."""
@@ -271,7 +271,7 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
         except OSError:
             line = f"{self._first()}, which coordinates, was lost after step {self._progress.step}; {AGAIN}"
             print(f"error: {line}", file=sys.stderr, flush=True)
-            self._leave(LOST_STATUS)
+            self._leave(RESTART_STATUS)
 
 
 def _finished(store: KeyValueStore) -> set[int]:

@@ -25,7 +25,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from intttrain.core.errors import LOST_STATUS
+from intttrain.core.errors import RESTART_STATUS
 from tests.app.small import BATCH_ROWS, REPO, World, checksums, make_world, metrics, steps
 
 PHASES = ("save", "step", "restore", "save")  # of four moments in a row; there is nothing to restore at first
@@ -118,7 +118,7 @@ class Run:
         for index in others:
             status = self.processes[index].wait(max(0.0, SURVIVAL_S - (time.monotonic() - began)))
             text = self.logs[index].read_text()
-            assert status == LOST_STATUS, f"process {index} ended with {status} after {moment}: {text[-3000:]}"
+            assert status == RESTART_STATUS, f"process {index} ended with {status} after {moment}: {text[-3000:]}"
             (line,) = (line for line in text.splitlines() if line.startswith("error: "))
             assert re.match(rf"error: process {first} \(host .*lost", line), f"after {moment}: {line}"
         return time.monotonic() - began if others else 0.0

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 
-from intttrain.core.errors import LOST_STATUS
+from intttrain.core.errors import RESTART_STATUS
 from intttrain.core.metrics import METRICS_FILE, read_metrics
 from intttrain.core.step_times import STEP_TIMES_FILE
 from tests.app.small import World, steps
@@ -109,7 +109,7 @@ def test_one_process_is_slow_then_asked_to_stop_and_later_killed(world: World, t
         run.wait_until(lambda: logged() > stopped + 3)
         assert f"resumed at step {stopped}" in run.output(0)
         run.all[1].send_signal(signal.SIGKILL)
-        assert run.status(0) == LOST_STATUS, run.output(0)
+        assert run.status(0) == RESTART_STATUS, run.output(0)
         line, output = run.error_line(0), run.output(0)
     found = re.match(rf"error: process 1 \(host {HOST}\) was lost after step (\d+); start the same command", line)
     assert found is not None and int(found[1]) >= stopped, line

@@ -15,7 +15,7 @@ import pytest
 
 from intttrain.core import distributed
 from intttrain.core.distributed import choose_start, start_distributed
-from intttrain.core.errors import LOST_STATUS, UserError
+from intttrain.core.errors import RESTART_STATUS, UserError
 
 REPO = Path(__file__).resolve().parents[2]
 EXPLICIT = {"INTTTRAIN_COORDINATOR": "h0:8476", "INTTTRAIN_NUM_PROCESSES": "4", "INTTTRAIN_PROCESS_ID": "3"}
@@ -157,14 +157,14 @@ def refused(process: subprocess.Popen[str], status: int = 2) -> str:
 
 def test_a_coordinator_that_is_not_there():
     port = free_port()
-    line = refused(launch(**explicit(1, 2, port, timeout=2)), LOST_STATUS)
+    line = refused(launch(**explicit(1, 2, port, timeout=2)), RESTART_STATUS)
     assert f"INTTTRAIN_COORDINATOR=127.0.0.1:{port}, where nobody answers" in line
     assert "INITIALIZATION_TIMEOUT_SECONDS=2" in line and "2 processes" in line
 
 
 def test_a_peer_that_never_comes():
     port = free_port()
-    line = refused(launch(**explicit(0, 2, port, timeout=2)), LOST_STATUS)
+    line = refused(launch(**explicit(0, 2, port, timeout=2)), RESTART_STATUS)
     assert f"INTTTRAIN_COORDINATOR=127.0.0.1:{port}, which answers, so another process is missing" in line
     assert "2 processes" in line
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from intttrain.core.errors import LOST_STATUS
+from intttrain.core.errors import RESTART_STATUS
 from tests.processes import DEADLINE_S, REPO
 
 WATCHED = str(Path(__file__).parent / "watched.py")
@@ -97,7 +97,7 @@ def test_both_sides_of_a_network_that_is_gone_end_and_name_each_other(hosts: Hos
     hosts.inside(1, "link", "set", "cable", "down")
     statuses = [process.wait(DEADLINE_S) for process in hosts.all]
     outputs = [log.read_text() for log in hosts.logs]
-    assert statuses == [LOST_STATUS] * 2, outputs
+    assert statuses == [RESTART_STATUS] * 2, outputs
     lines = [line for output in outputs for line in output.splitlines() if line.startswith("error: ")]
     assert len(lines) == 2, outputs
     assert lines[0].startswith("error: process 1 (host second) was lost after step ")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from intttrain.core import watchdog as module
-from intttrain.core.errors import LOST_STATUS, UserError
+from intttrain.core.errors import RESTART_STATUS, UserError
 from intttrain.core.verdict import FINISHED, TRAINING, Judge, Verdict
 from intttrain.core.watchdog import LONG_PHASE, Timing, Watchdog
 from tests.core.shelf import Shelf
@@ -104,7 +104,7 @@ def test_what_the_user_can_fix_is_not_tried_again_by_the_others(run: Run) -> Non
 def test_a_process_that_is_lost_as_well_may_be_why(run: Run) -> None:
     run.fail(1, "the disk is full", status=2)
     verdict = run.look(12, 0, 1)
-    assert verdict is not None and verdict.lost == [2] and verdict.status == LOST_STATUS
+    assert verdict is not None and verdict.lost == [2] and verdict.status == RESTART_STATUS
 
 
 def test_all_fail_together_without_waiting(run: Run) -> None:
@@ -157,7 +157,7 @@ def ended(dog: Watchdog, left: list[int]) -> bool:
     try:
         dog.look()
     except SystemExit:
-        assert left == [LOST_STATUS]
+        assert left == [RESTART_STATUS]
         return True
     assert left == []
     return False
@@ -257,7 +257,7 @@ def test_killed(tmp_path: Path) -> None:
     with processes(tmp_path, [(WATCHED, "600", "0")] * 2) as run:
         run.wait_until(lambda: "finished 5\n" in run.output(0))
         run.all[1].send_signal(signal.SIGKILL)
-        assert run.status(0) == LOST_STATUS
+        assert run.status(0) == RESTART_STATUS
         assert run.error_line(0).startswith(f"error: process 1 (host {HOST}) was lost after step ")
         assert "Traceback" not in run.output(0)
 
@@ -267,7 +267,7 @@ def test_process_0_killed(tmp_path: Path) -> None:
         run.wait_until(lambda: all("finished 5\n" in run.output(index) for index in range(3)))
         run.all[0].send_signal(signal.SIGKILL)
         for index in (1, 2):
-            assert run.status(index) == LOST_STATUS
+            assert run.status(index) == RESTART_STATUS
             assert run.error_line(index).startswith(
                 f"error: process 0 (host {HOST}), which coordinates, was lost after step "
             )
@@ -279,7 +279,7 @@ def test_standing_still(stopped: int, tmp_path: Path) -> None:
         run.wait_until(lambda: all("finished 5\n" in run.output(index) for index in range(2)))
         run.all[stopped].send_signal(signal.SIGSTOP)
         other = 1 - stopped
-        assert run.status(other) == LOST_STATUS
+        assert run.status(other) == RESTART_STATUS
         line = run.error_line(other)
         what = "does not answer" if stopped == 0 else "was lost after step"
         assert line.startswith(f"error: process {stopped} (host {HOST}) {what}")
