@@ -1,8 +1,10 @@
 """Tokenizers behind one interface: bytes, Hugging Face ``tokenizer.json`` and SentencePiece models.
 
 Encoding never adds a begin or end token: the token store appends ``end_of_document`` to every document, and nothing
-else may produce it. Text that happens to contain the spelling of a special token ("<|endoftext|>") is encoded as
-ordinary characters, so a corpus cannot forge a document end.
+else may produce it. Text that spells a special token ("<|endoftext|>") or a SentencePiece control symbol is encoded as
+ordinary characters, so a corpus cannot forge a document end. Added tokens that the file does not mark as special
+("<think>" of Qwen3) and user-defined symbols of SentencePiece are vocabulary like any other: text that spells one gets
+its single id, and none of them can end a document.
 """
 
 from __future__ import annotations
@@ -138,6 +140,7 @@ class HuggingFaceTokenizer:
         self.fingerprint = _fingerprint(path, end_piece)
         self.description = f"huggingface {path.name}, documents end with {end_piece!r}"
         self._path = path
+        _check_end(self, end_piece, self._tokenizer.decode([self.end_of_document], skip_special_tokens=False), path)
 
     def encode(self, text: str) -> np.ndarray:
         """Returns the uint32 ids of ``text``."""
@@ -178,6 +181,7 @@ class SentencePieceTokenizer:
         self.fingerprint = _fingerprint(path, end_piece)
         self.description = f"sentencepiece {path.name}, documents end with {end_piece!r}"
         self._path = path
+        _check_end(self, end_piece, self._processor.decode([self.end_of_document]), path)
 
     def encode(self, text: str) -> np.ndarray:
         """Returns the uint32 ids of ``text``."""
@@ -218,6 +222,27 @@ def _end_id(end_piece: str | None, vocabulary: dict[str, int], path: Path) -> in
         f"tokenizer.end_of_document{' ' if end_piece is None else ''}{state} of {path}; "
         f"name the piece that ends a document, for example {', '.join(map(repr, near))}"
     )
+
+
+def _check_end(tokenizer: Tokenizer, end_piece: str | None, text: str, path: Path) -> None:
+    """Refuses an end piece that text can produce: a document that spells it would end there.
+
+    Args:
+      tokenizer: whose ``end_of_document`` is the id of ``end_piece``.
+      end_piece: as the user and the vocabulary spell it.
+      text: as the id decodes.
+      path: of the file.
+
+    Raises:
+      UserError: encoding one of the spellings gives the id.
+    """
+    for spelling in (end_piece or "", text):
+        if tokenizer.end_of_document in tokenizer.encode(spelling):
+            raise UserError(
+                f"tokenizer.end_of_document={end_piece!r} of {path} is ordinary vocabulary: the text {spelling!r} gives "
+                f"its id {tokenizer.end_of_document}, so documents could end anywhere; name a special token or a control "
+                "symbol"
+            )
 
 
 def _near_pieces(end_piece: str | None, vocabulary: dict[str, int]) -> list[str]:

@@ -95,6 +95,41 @@ def test_text_cannot_forge_a_special_token(tokenizer, text):
     assert tokenizer.decode(ids) == text
 
 
+def test_added_tokens_that_are_not_special_are_vocabulary(huggingface_file):
+    bpe = tokenizers.Tokenizer.from_file(str(huggingface_file))
+    bpe.add_tokens([tokenizers.AddedToken("<think>", special=False, normalized=False)])
+    bpe.save(str(huggingface_file))
+
+    def make(end):
+        return make_tokenizer(TokenizerConfig(kind="huggingface", path=str(huggingface_file), end_of_document=end))
+
+    ids = make(END).encode(f"a<think>{END}").tolist()
+    assert ids.count(bpe.token_to_id("<think>")) == 1 and bpe.token_to_id(END) not in ids
+    for ordinary in ("<think>", "l", "\u0120the"):  # which text spells " the"
+        with pytest.raises(UserError) as error:
+            make(ordinary)
+        assert repr(ordinary) in one_line(error) and "special token" in one_line(error)
+
+
+def test_user_defined_symbols_are_vocabulary(tmp_path):
+    path = tmp_path / "symbols.model"
+    with path.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["hello world"] * 50), model_writer=file, vocab_size=300, model_type="bpe",
+            byte_fallback=True, hard_vocab_limit=False, minloglevel=9, user_defined_symbols=["<end_of_turn>"],
+            control_symbols=["<end>"],
+        )  # fmt: skip
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
+
+    def make(end):
+        return make_tokenizer(TokenizerConfig(kind="sentencepiece", path=str(path), end_of_document=end))
+
+    ids = make("<end>").encode("hello<end_of_turn><end>").tolist()
+    assert ids.count(sp.piece_to_id("<end_of_turn>")) == 1 and sp.piece_to_id("<end>") not in ids
+    with pytest.raises(UserError, match="<end_of_turn>"):
+        make("<end_of_turn>")
+
+
 def test_long_text_is_not_truncated(tokenizer):
     assert tokenizer.decode(tokenizer.encode("hello world " * 50)) == "hello world " * 50
 
