@@ -29,7 +29,8 @@ DOCS = REPO / "docs"
 PAGES = sorted(DOCS.rglob("*.md")) + [page for page in (REPO / "README.md", REPO / "CONTRIBUTING.md") if page.exists()]
 MAX_PAGE_LINES = 200
 GROWING = ("log.md", "config.md")  # a line for every experiment, and for every setting
-SECTIONS = {**vars(config_module), **vars(config_eval), **vars(config_train)}
+SETTINGS = (config_module, config_eval, config_train)
+SECTIONS = {name: value for module in SETTINGS for name, value in vars(module).items()}
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPO)))
 
@@ -135,6 +136,21 @@ def test_no_section_is_forgotten():
     assert classes == in_default | set(ALTERNATIVES)
 
 
+@pytest.mark.parametrize("page", ["docs/config.md", "docs/tour.md", "CONTRIBUTING.md"])
+def test_pages_name_every_file_that_holds_settings(page):
+    assert {cls.__module__ for cls in sections_of(Config)} <= {module.__name__ for module in SETTINGS}
+    text = (REPO / page).read_text()
+    files = [module.__name__.removeprefix("intttrain.").replace(".", "/") + ".py" for module in SETTINGS]
+    assert not [file for file in files if f"`{file}`" not in text]
+
+
+def sections_of(hint: Any) -> set[type]:
+    """Returns the configuration classes that an annotation mentions, with those of their fields."""
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return {hint}.union(*map(sections_of, get_type_hints(hint).values()))
+    return set().union(*map(sections_of, get_args(hint)))
+
+
 def sections(section: Any) -> Iterator[Any]:
     yield section
     for field in dataclasses.fields(section):
@@ -213,9 +229,21 @@ def test_pages_are_short():
 # --- command lines -------------------------------------------------------------------------------------------------
 
 
+STATUS = "What is there, and what is not yet"
+
+
+def test_the_status_of_commands_is_true():
+    """A command that the table of the README calls missing is missing."""
+    table = re.search(rf"^## {STATUS}$.*?(?=^## )", (REPO / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+    assert table is not None
+    missing = [line for line in table.group().splitlines() if re.search("not there|not yet", line)]
+    named = {name for line in missing for name in re.findall(r"`intttrain (\w+)", line)}
+    assert named and not named & COMMANDS.keys()
+
+
 def command_lines(text: str) -> list[str]:
     """Every ``intttrain ...`` of a page: lines of code blocks and code inside sentences."""
-    text = re.sub(r"^## What is not there yet$.*?(?=^## |\Z)", "", text, flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(rf"^## {STATUS}$.*?(?=^## |\Z)", "", text, flags=re.MULTILINE | re.DOTALL)
     joined = re.sub(r"\\\n\s*", "", text)
     in_blocks = re.findall(r"^\s*(?:\$ )?(intttrain [^\n`]+)$", joined, flags=re.MULTILINE)
     in_sentences = re.findall(r"`(intttrain [^`\n]+)`", joined)
@@ -265,7 +293,7 @@ def test_command_lines_use_what_exists(path, line):
 
 def test_command_lines_are_found_and_the_check_can_fail():
     text = "do `intttrain eval --x=1`:\n\n    intttrain train --config=a.py \\\n      --workdir=b\n\n"
-    text += "the program intttrain\n## What is not there yet\n`intttrain dream`\n## Next\n"
+    text += f"the program intttrain\n## {STATUS}\n`intttrain dream`\n## Next\n"
     assert "intttrain eval --x=1" in command_lines(text)
     assert "intttrain train --config=a.py --workdir=b" in command_lines(text)
     assert len(command_lines(text)) == 2
