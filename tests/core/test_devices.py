@@ -79,7 +79,7 @@ def test_what_another_process_did_not_answer_is_no_matter_of_this_device(monkeyp
 
 def test_a_platform_that_is_not_installed(monkeypatch):
     said = (
-        "Unable to initialize backend 'rocm': Backend 'rocm' is not in the list of known backends: ['cpu', 'tpu']. (set"
+        "Unable to initialize backend 'rocm': Backend 'rocm' is not in the list of known backends: ['cpu', 'tpu']."
     )
     Devices(monkeypatch, RuntimeError(said), 1)
     with pytest.raises(UserError, match=r"this JAX has no rocm, only 'cpu', 'tpu'; install .* use JAX_PLATFORMS=cpu"):
@@ -88,10 +88,13 @@ def test_a_platform_that_is_not_installed(monkeypatch):
 
 PROGRAM = """
 import sys
-from intttrain.app import cli
-from intttrain.core import devices
+from intttrain.core import devices, errors
 devices.WAITS_S = ()
-sys.exit(cli.run(["generate", "--workdir=nowhere", "--prompt=a"]))
+try:
+    devices.open_single("intttrain generate")
+except errors.UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(error.status)
 """
 
 

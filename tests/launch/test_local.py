@@ -108,6 +108,33 @@ exit 5
         assert lines_of(out, process).count("got") == 1
 
 
+@pytest.mark.parametrize("group", [False, True], ids=["the script", "its group"])
+def test_processes_end_with_a_script_that_is_killed(group):
+    program = """
+case $INTTTRAIN_PROCESS_ID in
+0) trap 'echo asked; exit 143' TERM ;;
+1) trap '' TERM ;;
+esac
+echo $$
+while :; do sleep 0.1; done
+"""
+    running = subprocess.Popen(
+        [SCRIPT, "2", "1", "bash", "-c", program], env=environment(GRACE_SECONDS="1"), text=True,
+        stdout=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    assert running.stdout is not None
+    numbers = [int(running.stdout.readline().split()[1]) for _ in range(2)]
+    if group:
+        os.killpg(running.pid, signal.SIGKILL)
+    else:
+        running.kill()
+    said, _ = running.communicate(timeout=30)  # until the last of them has closed it
+    assert running.returncode == -signal.SIGKILL and "asked" in lines_of(said, 0)
+    for number in numbers:
+        with pytest.raises(ProcessLookupError):
+            os.kill(number, 0)
+
+
 def test_dry_run_prints_commands_that_a_shell_can_run():
     done = run("--dry_run", "2", "4", "printf", "%s|", "it's", "$x y")
     assert done.returncode == 0
