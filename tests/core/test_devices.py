@@ -78,9 +78,7 @@ def test_what_another_process_did_not_answer_is_no_matter_of_this_device(monkeyp
 
 
 def test_a_platform_that_is_not_installed(monkeypatch):
-    said = (
-        "Unable to initialize backend 'rocm': Backend 'rocm' is not in the list of known backends: ['cpu', 'tpu']."
-    )
+    said = "Unable to initialize backend 'rocm': Backend 'rocm' is not in the list of known backends: ['cpu', 'tpu']."
     Devices(monkeypatch, RuntimeError(said), 1)
     with pytest.raises(UserError, match=r"this JAX has no rocm, only 'cpu', 'tpu'; install .* use JAX_PLATFORMS=cpu"):
         devices.open_devices()
