@@ -68,7 +68,7 @@ def main() -> int:
         cli_evaluate()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.status
     return 0
 
 

@@ -166,7 +166,9 @@ def choose_start(environment: Mapping[str, str], platforms: str | None) -> Start
         return None
     start = _explicit(environment) or _jax(environment) or _torchrun(environment) or _mpi(environment)
     start = start or _slurm(environment) or _tpu(environment, platforms) or _kubernetes(environment)
-    return start or _refuse_company(environment)
+    if start is None:
+        _refuse_company(environment)
+    return start
 
 
 def check_single(program: str, platforms: str | None) -> None:
@@ -183,7 +185,7 @@ def check_single(program: str, platforms: str | None) -> None:
     if start is not None and start.count not in (None, 1):
         raise UserError(
             f"{program} runs in one process, and was started in each of {start.expected}; start it once, or set "
-            f"{NUM_PROCESSES}=1 to run every one by itself"
+            f"only {NUM_PROCESSES}=1 to run every one by itself"
         )
 
 

@@ -163,7 +163,9 @@ def test_torchrun_leaves_its_port_and_the_gpus_of_others_alone():
 @pytest.mark.parametrize("environment", [EXPLICIT, TORCHRUN, OPEN_MPI_4, SLURM, JAX], ids=lambda found: min(found))
 def test_programs_of_one_process_refuse_company(environment, monkeypatch):
     monkeypatch.setattr(os, "environ", environment)
-    with pytest.raises(UserError, match=r"intttrain prepare runs in one process, .* INTTTRAIN_NUM_PROCESSES=1 to run"):
+    with pytest.raises(
+        UserError, match=r"intttrain prepare runs in one process, .* only INTTTRAIN_NUM_PROCESSES=1 to run"
+    ):
         distributed.check_single("intttrain prepare", None)
     monkeypatch.setattr(os, "environ", ALONE | without(environment, *EXPLICIT))
     distributed.check_single("intttrain prepare", None)
