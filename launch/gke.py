@@ -7,8 +7,9 @@
 
 TOPOLOGY is written as for `intttrain plan`: v5p:4x4x4 or v5p-128. Every slice is one job of the set, every host one
 pod of a job. A pod that fails makes the set start again, up to --max_restarts times in all, except with status 2 or 3,
-which end it. --secret takes the value of a variable from a Kubernetes secret. --dry_run prints the manifest. --xpk has
-xpk create the workload instead of kubectl.
+which end it. A pod that goes away with its node makes it start again, too, and is not counted. --secret takes the value
+of a variable from a Kubernetes secret. --dry_run prints the manifest. --xpk has xpk create the workload instead of
+kubectl.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 
-from intttrain.core.errors import UserError
+from intttrain.core.errors import FINAL_STATUSES, UserError
 from intttrain.planner.topology import Topology, describe_topology
 
 # Values of cloud.google.com/gke-tpu-accelerator ("Plan TPUs in GKE" of the GKE documentation).
@@ -35,10 +37,19 @@ ACCELERATORS = {
     "tpu7x": "tpu7x",
 }
 CONTAINER = "intttrain"
-FINAL_STATUSES = [2, 3]  # starting again cannot help (docs/checkpoints.md)
+INTERRUPTED_STATUSES = [130, 143]  # of pods that are asked to end, before a node goes away
 # Between SIGTERM and SIGKILL: the step that runs has to end and the checkpoint to reach its bucket.
 GRACE_SECONDS = 600
 MAX_NAME = 63  # of a pod: NAME-slice-JOB-HOST-abcde
+# "tokenizers_parallelism" and "author" are none.
+SECRET_NAME = re.compile(
+    r"KEY|TOKEN(?!IZER)|SECRET|PASS(WORD|WD|PHRASE)|CREDENTIAL|AUTH(?!OR)|PRIVATE|COOKIE|SIGNATURE", re.IGNORECASE
+)
+# What Hugging Face, AWS, OpenAI and others, GitHub, GitLab, Google and Slack hand out, and private keys.
+SECRET_VALUE = re.compile(
+    r"\b(hf_|sk-|gh[pousr]_|github_pat_|glpat-|AIza|ya29\.|xox[abprs]-)[\w.-]{16,}|\b(AKIA|ASIA)[A-Z0-9]{16}\b"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY"
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -95,9 +106,12 @@ def check(arguments: argparse.Namespace) -> None:
     """Refuses what Kubernetes would refuse later, and a run that could not resume."""
     if not arguments.command:
         raise UserError("there is no command after --")
-    for workdir in re.findall(r"--workdir=(\S+)", " ".join(arguments.command)):
-        if "://" not in workdir:
-            raise UserError(f"--workdir={workdir} is lost with its container; use a bucket, --workdir=gs://...")
+    words = ["bash", str(Path(__file__).with_name("workdir_of.sh")), *arguments.command]
+    workdir = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    if not workdir and {"intttrain", "train"} <= set(" ".join(arguments.command).split()):
+        raise UserError("the command has no --workdir; name a bucket, --workdir=gs://...")
+    if workdir and not workdir.startswith("gs://"):
+        raise UserError(f"--workdir={workdir} is lost with its container; use a bucket, --workdir=gs://...")
     longest = MAX_NAME - len(f"-slice-{arguments.slices - 1}-{hosts(arguments.tpu) - 1}-abcde")
     if not re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", arguments.name) or len(arguments.name) > longest:
         raise UserError(
@@ -106,19 +120,35 @@ def check(arguments: argparse.Namespace) -> None:
     if arguments.max_restarts < 0:
         raise UserError(f"--max_restarts={arguments.max_restarts} has to be at least 0")
     check_variables(arguments.env, arguments.secret)
+    check_command(arguments.command)
 
 
 def check_variables(plain: Sequence[str], secret: Sequence[str]) -> None:
     """Refuses variables that are not written as they should be, and secrets in the manifest; repeats no value."""
     for text in plain:
-        name, given, _ = text.partition("=")
+        name, given, value = text.partition("=")
         if not given or not is_variable(name):
             raise UserError(f"--env={name} has to be NAME=VALUE")
-        if re.search("KEY|TOKEN|SECRET|PASSWORD", name):
-            raise UserError(f"--env={name}=... would be stored readably; use --secret={name}=SECRET/KEY")
+        check_readable(f"--env={name}=...", name, value)
     for text in secret:
         if not is_variable(text.partition("=")[0]) or not re.fullmatch(r"[^=]+=[a-z0-9.-]+/[\w.-]+", text):
             raise UserError("--secret has to be NAME=SECRET/KEY, a Kubernetes secret and a key in it, not a value")
+
+
+def check_command(command: Sequence[str]) -> None:
+    """Refuses secrets among the words of the command, which are stored in the manifest; repeats no value."""
+    for word in command:
+        name, given, value = word.partition("=")
+        if given and is_variable(name):  # for env, or a shell
+            check_readable(f"{name}=... in the command", name, "" if value.startswith("$") else value)
+        else:
+            check_readable("a word of the command", "", word)
+
+
+def check_readable(what: str, name: str, value: str) -> None:
+    """Refuses a variable that is called like a secret, or a value that looks like one."""
+    if (value and SECRET_NAME.search(name)) or SECRET_VALUE.search(value):
+        raise UserError(f"{what} would be stored readably; use --secret={name or 'NAME'}=SECRET/KEY")
 
 
 def is_variable(name: str) -> bool:
@@ -140,14 +170,12 @@ def manifest(arguments: argparse.Namespace) -> dict[str, Any]:
         metadata["labels"] = {"kueue.x-k8s.io/queue-name": arguments.queue}
     # All pods of a job on one node pool, and no two jobs on the same one: a node pool is a slice.
     metadata["annotations"] = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
-    rule = {"name": "startingAgainCannotHelp", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
-    final = {"containerName": CONTAINER, "operator": "In", "values": FINAL_STATUSES}
     job = {
         "parallelism": hosts(arguments.tpu),
         "completions": hosts(arguments.tpu),
         "completionMode": "Indexed",
         "backoffLimit": 0,  # one pod alone cannot start again: the others wait for it in a collective
-        "podFailurePolicy": {"rules": [{"action": "FailJob", "onExitCodes": final}]},
+        "podFailurePolicy": {"rules": pod_failure_rules()},
         "template": {"spec": pod(arguments)},
     }
     return {
@@ -155,10 +183,41 @@ def manifest(arguments: argparse.Namespace) -> dict[str, Any]:
         "kind": "JobSet",
         "metadata": metadata,
         "spec": {
-            "failurePolicy": {"maxRestarts": arguments.max_restarts, "rules": [rule]},
+            "failurePolicy": {"maxRestarts": arguments.max_restarts, "rules": set_failure_rules()},
             "replicatedJobs": [{"name": "slice", "replicas": arguments.slices, "template": {"spec": job}}],
         },
     }
+
+
+def pod_failure_rules() -> list[dict[str, Any]]:
+    """Returns which pods end their job at once; the rest does so as well, since a job has no second attempt."""
+    final = {"containerName": CONTAINER, "operator": "In", "values": list(FINAL_STATUSES)}
+    interrupted = {"containerName": CONTAINER, "operator": "In", "values": INTERRUPTED_STATUSES}
+    return [
+        {"action": "FailJob", "onExitCodes": final},
+        # The pod of a node that is pre-empted, drained or under maintenance, and the others, which save with it.
+        {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+        {"action": "FailJob", "onExitCodes": interrupted},
+    ]
+
+
+def set_failure_rules() -> list[dict[str, Any]]:
+    """Returns what the set does about a failed job; where none applies it starts again, and counts that.
+
+    Which rule for pods it was, only the message of the job says; JobSet reads messages since 0.10.
+    """
+    return [
+        {
+            "name": name,
+            "action": action,
+            "onJobFailureReasons": ["PodFailurePolicy"],
+            "onJobFailureMessagePatterns": [f"matching FailJob rule at index {indices}$"],
+        }
+        for name, action, indices in (
+            ("startingAgainCannotHelp", "FailJobSet", "0"),
+            ("preemptionIsNoFailure", "RestartJobSetAndIgnoreMaxRestarts", "[12]"),
+        )
+    ]
 
 
 def pod(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -5,6 +5,7 @@
 #
 # Every line of output begins with the number of its process. Ctrl-C and SIGTERM reach all processes. When one fails,
 # the others are asked to stop, and after GRACE_SECONDS (10) made to; the exit status is that of the first failure.
+# When this script itself is killed, or its terminal closes, the same happens to all of them.
 set -u
 
 GRACE_SECONDS=${GRACE_SECONDS:-10}
@@ -70,14 +71,32 @@ start() {
     local process=$1
     shift
     trap : INT TERM
+    exec 9>&- # a process that held the lifeline would keep the guard from seeing the end of this script
     env "${shared[@]}" "INTTTRAIN_PROCESS_ID=$process" "$@" </dev/null 2>&1 | mark "$process"
     exit "${PIPESTATUS[0]}"
 }
 
-# send SIGNAL: to every process that still runs, and to what it started.
+# send SIGNAL: to every process that still runs, and to what it started; fails when none does.
 send() {
-    local pid
-    for pid in "${running[@]}"; do kill "-$1" -- "-$pid" 2>/dev/null; done
+    local pid found=1
+    for pid in "${running[@]}"; do kill "-$1" -- "-$pid" 2>/dev/null && found=0; done
+    return $found
+}
+
+# guard: reads the numbers of the processes from this script, and ends them if it is gone before it said `end`.
+guard() {
+    local pid running=()
+    trap '' INT TERM HUP
+    while read -r pid; do
+        [ "$pid" != end ] || return
+        running+=("$pid")
+    done
+    send TERM
+    for ((pid = 0; pid < 10 * GRACE_SECONDS; pid++)); do
+        send 0 || return
+        sleep 0.1
+    done
+    send KILL
 }
 
 # shellcheck disable=SC2329 # called by the traps
@@ -91,9 +110,15 @@ running=()
 trap 'forward INT' INT
 trap 'forward TERM' TERM
 set -m # every process leads a group of its own, so that a signal reaches its children too
+folder=$(mktemp -d) || refuse "no temporary folder can be made"
+mkfifo "$folder/lifeline"
+guard <"$folder/lifeline" &
+exec 9>"$folder/lifeline"
+rm -r "$folder"
 for ((process = 0; process < count; process++)); do
     start "$process" "$@" &
     running+=($!)
+    echo $! >&9
 done
 
 status=0
@@ -121,4 +146,5 @@ while [ ${#running[@]} -gt 0 ]; do
     fi
     [ ${#running[@]} -eq 0 ] || sleep 0.2
 done 2>/dev/null # bash's own notices about ended jobs
+echo end >&9
 exit "$status"

@@ -40,9 +40,10 @@ for flag in name zone accelerator_type runtime_version; do [ -n "${!flag}" ] || 
 [[ $POLL_SECONDS =~ ^[0-9]*\.?[0-9]+$ ]] || refuse "POLL_SECONDS=$POLL_SECONDS is not a number of seconds"
 [ $# -ge 2 ] || refuse "there is no command after --"
 command=("${@:2}")
-[[ "${command[*]}" =~ --workdir=(gs://[^[:space:]\"\']+) ]] ||
-    refuse "the command has no --workdir=gs://..., where new hosts find the checkpoints"
-checkpoints=${BASH_REMATCH[1]%/}/checkpoints/
+workdir=$("$(dirname "$0")/workdir_of.sh" "${command[@]}")
+[[ $workdir == gs://* ]] || refuse "the command has no --workdir=gs://..., where new hosts find the checkpoints"
+[[ $workdir != *[\$\`]* ]] || refuse "--workdir=$workdir is not written out; checkpoints are looked for there"
+checkpoints=${workdir%/}/checkpoints/
 
 where=("--zone=$zone" ${project:+"--project=$project"})
 nodes=$name which=("--node-id=$name")

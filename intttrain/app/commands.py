@@ -15,7 +15,8 @@ from intttrain.app.loop import train
 from intttrain.app.runs import load_trained, parameter_counts
 from intttrain.core.config import Config, as_dict, resolve
 from intttrain.core.coordination import open_key_value_store
-from intttrain.core.distributed import process_index, start_distributed
+from intttrain.core.devices import open_single
+from intttrain.core.distributed import check_single, process_index, start_distributed
 from intttrain.core.dotted import flatten
 from intttrain.core.errors import UserError
 from intttrain.core.files import write_json
@@ -74,6 +75,7 @@ def derived_values(config: Config) -> dict[str, Any]:
 def prepare_stores(values: flags.FlagValues) -> int:
     """Writes OUTPUT/train and OUTPUT/heldout."""
     config = resolve(values.config)
+    check_single("intttrain prepare", None)
     result = prepare(config.prepare, Path(values.output), report)
     print(f"training   {result.train}: {result.train_documents} documents, {human_count(result.train_tokens)} tokens")
     if result.heldout is not None:
@@ -155,6 +157,7 @@ def _planned_stage(config: Config, number: int | None) -> Config:
 
 def export_checkpoint(values: flags.FlagValues) -> int:
     """Writes a Hugging Face folder."""
+    open_single("intttrain export")
     trained = load_trained(make_place(values.workdir), values.step)
     result = export_model(
         jax.device_get(trained.params), trained.config.model, Path(values.output), dtype=values.dtype,

@@ -14,6 +14,7 @@ from absl import flags
 from intttrain import ttt
 from intttrain.app.runs import Trained, load_trained
 from intttrain.core.config import MeshConfig, ModelConfig
+from intttrain.core.devices import open_single
 from intttrain.core.errors import UserError
 from intttrain.core.files import write_json
 from intttrain.core.mesh import make_mesh
@@ -27,6 +28,7 @@ LONGEST_TALK = 8  # rows of training, as far as an interactive document may grow
 
 def generate_text(values: flags.FlagValues) -> int:
     """Prints what follows each ``--prompt`` as it is drawn; without one, reads prompts from the terminal."""
+    open_single("intttrain generate")
     mesh = make_mesh(MeshConfig()) if jax.device_count() > 1 else None
     trained = load_trained(make_place(values.workdir), values.step, mesh=mesh)
     sampling = Sampling(values.temperature, values.top_k, values.top_p, values.seed)

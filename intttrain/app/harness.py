@@ -10,6 +10,7 @@ import jax
 
 from intttrain.app.runs import load_trained
 from intttrain.core.config import MeshConfig
+from intttrain.core.devices import open_single
 from intttrain.core.errors import UserError, did_you_mean
 from intttrain.core.mesh import make_mesh
 from intttrain.core.sharding import pieces_of
@@ -42,6 +43,7 @@ def load_respondent(
         raise UserError(f"--model_args: update={update} is neither on nor off")
     if not str(batch_size).isdigit() or int(batch_size) < 1:
         raise UserError(f"--batch_size={batch_size} is not a number of rows; use for example --batch_size=8")
+    open_single("the harness")
     mesh = make_mesh(MeshConfig()) if jax.device_count() > 1 else None
     trained = load_trained(make_place(str(workdir), "workdir"), step, flag="workdir", mesh=mesh)
     model = trained.config.model
@@ -66,7 +68,7 @@ def main() -> int:
         cli_evaluate()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.status
     return 0
 
 

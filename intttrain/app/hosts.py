@@ -13,6 +13,7 @@ from typing import Any
 from intttrain.app.runs import CONFIG_FILE, has_run
 from intttrain.core.agreement import first_message, largest
 from intttrain.core.config import Config, as_dict
+from intttrain.core.devices import open_devices
 from intttrain.core.distributed import process_index
 from intttrain.core.dotted import flatten
 from intttrain.core.errors import UserError
@@ -25,14 +26,16 @@ SHARED_WAIT_S = 60.0  # network file systems remember for a while that a file wa
 
 
 def check_hosts(config: Config, workdir: Place) -> None:
-    """Checks that all processes can do the same; each calls it before it asks for a device.
+    """Checks that all processes can do the same, and opens the devices; each calls it before it asks for one.
 
     What is wrong everywhere is left to the command, which says it better.
 
     Raises:
       UserError: the same on every process; names the process and host that differs or misses something.
+      PassingError: the devices are in use.
     """
     hosts = check_agreement(lambda: _facts(config, workdir))
+    open_devices()
     if len(hosts) > 1:
         check_devices(hosts)
 

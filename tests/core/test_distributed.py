@@ -23,6 +23,35 @@ SLURM = {
     "SLURM_JOB_ID": "77", "SLURM_STEP_NODELIST": "node[01-02]", "SLURM_NTASKS": "2", "SLURM_PROCID": "1",
     "SLURM_LOCALID": "0",
 }  # fmt: skip
+JAX = {"JAX_COORDINATOR_ADDRESS": "h0:8476", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
+OPEN_MPI_4 = {
+    "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911", "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+}  # fmt: skip
+TORCHRUN = {
+    "MASTER_ADDR": "h0", "MASTER_PORT": "29500", "WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+}  # fmt: skip
+ALONE = {"INTTTRAIN_NUM_PROCESSES": "1"}
+
+
+def without(environment: dict[str, str], *names: str) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name not in names}
+
+
+# What tells a process that it is one of several, by the variable that the refusal names.
+COMPANY = {
+    "OMPI_COMM_WORLD_SIZE": without(OPEN_MPI_4, "OMPI_MCA_orte_hnp_uri"),  # Open MPI 5
+    "MV2_COMM_WORLD_SIZE": {"MV2_COMM_WORLD_SIZE": "2", "MV2_COMM_WORLD_RANK": "0"},
+    "PMI_SIZE": {"PMI_SIZE": "2", "PMI_RANK": "1"},
+    "PMIX_RANK": {"PMIX_RANK": "1"},
+    "WORLD_SIZE": without(TORCHRUN, "MASTER_ADDR"),
+    "JOB_COMPLETION_INDEX": {"JOB_COMPLETION_INDEX": "1", "JOBSET_NAME": "run"},
+    "JAX_COORDINATOR_ADDRESS": without(JAX, "JAX_PROCESS_ID"),
+    "JAX_NUM_PROCESSES": without(JAX, "JAX_COORDINATOR_ADDRESS"),
+    "SLURM_PROCID": without(SLURM, "SLURM_STEP_NODELIST"),
+    "SLURM_STEP_NUM_TASKS": without(SLURM, "SLURM_STEP_NODELIST") | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"},
+}
 PROGRAM = """
 import sys
 from intttrain.core.distributed import describe_start, start_distributed
@@ -45,7 +74,7 @@ def kind(environment: dict[str, str], platforms: str | None = None) -> str:
     if start is None:
         return "alone"
     method = start.arguments.get("cluster_detection_method")
-    return {"deactivate": "explicit", "slurm": "slurm", None: "tpu"}[method]
+    return {"deactivate": "explicit", None: "tpu"}.get(method, method)
 
 
 @pytest.mark.parametrize(
@@ -66,16 +95,87 @@ def kind(environment: dict[str, str], platforms: str | None = None) -> str:
         ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, "tpu,cpu", "tpu"),
         (SLURM, None, "slurm"),
         (SLURM, "tpu,cpu", "slurm"),
-        (SLURM | {"SLURM_NTASKS": "1"}, None, "alone"),
-        (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, None, "alone"),  # a shell inside the allocation
-        ({k: v for k, v in SLURM.items() if k != "SLURM_STEP_NODELIST"}, None, "alone"),  # the batch script itself
+        (SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None, "alone"),
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None, "alone"),  # a shell inside the allocation
+        (without(SLURM, "SLURM_STEP_NODELIST") | {"SLURM_PROCID": "0"}, None, "alone"),  # the batch script itself
+        ({"SLURM_JOB_ID": "77", "SLURM_NTASKS": "8", "SLURM_JOB_NODELIST": "n[1-2]"}, None, "alone"),  # salloc
         (EXPLICIT, None, "explicit"),
         (EXPLICIT | SLURM | {"TPU_WORKER_HOSTNAMES": "a,b"}, "tpu,cpu", "explicit"),
         (dict.fromkeys(EXPLICIT, ""), None, "alone"),
+        (JAX, None, "explicit"),
+        (JAX | {"JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}, None, "alone"),
+        ({"JAX_COORDINATOR_ADDRESS": "h0:8476"} | SLURM, None, "slurm"),  # JAX takes the rest from SLURM
+        ({"JAX_COORDINATOR_ADDRESS": "h0:8476", "TPU_WORKER_HOSTNAMES": "a,b"}, "tpu,cpu", "tpu"),
+        ({"JAX_LOCAL_DEVICE_IDS": "0,1"}, None, "alone"),
+        (OPEN_MPI_4, None, "ompi"),
+        (OPEN_MPI_4 | SLURM | {"SLURM_NTASKS": "1"}, None, "ompi"),  # mpirun starts its daemons as tasks
+        (TORCHRUN, None, "explicit"),
+        (TORCHRUN | SLURM, None, "explicit"),  # a torchrun in each task
+        (TORCHRUN | {"WORLD_SIZE": "1", "RANK": "0"}, None, "alone"),
+        (without(TORCHRUN, "RANK"), None, "alone"),  # a shell that exports what a job will need
+        ({"RANK": "3"}, None, "alone"),
+        ({"JOB_COMPLETION_INDEX": "1", "TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1"}, "tpu,cpu", "tpu"),
+        ({"JOB_COMPLETION_INDEX": "0", "KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None, "alone"),  # one pod
+        ({"PMIX_RANK": "0"}, None, "alone"),
+        ({"PMI_RANK": "0", "PMI_SIZE": "1"}, None, "alone"),
+        (without(OPEN_MPI_4, "OMPI_MCA_orte_hnp_uri") | {"OMPI_COMM_WORLD_SIZE": "1"}, None, "alone"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, None, "alone"),
+        *((started | ALONE, None, "alone") for started in COMPANY.values()),
+        (TORCHRUN | ALONE, "tpu,cpu", "alone"),
     ],
 )
 def test_the_environment_decides(environment, platforms, wanted):
     assert kind(environment, platforms) == wanted
+
+
+@pytest.mark.parametrize(("variable", "environment"), COMPANY.items())
+def test_one_of_several_that_cannot_find_each_other_is_refused(variable, environment):
+    with pytest.raises(UserError) as caught:
+        choose_start(environment, "cpu")
+    message = str(caught.value)
+    assert message.startswith(f"{variable}={environment[variable]}") and "\n" not in message
+    assert " in each, or INTTTRAIN_NUM_PROCESSES=1 to let each run by itself" in message
+
+
+def test_packages_that_find_the_others_are_used(monkeypatch):
+    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: name in ("mpi4py", "kubernetes"))
+    start = choose_start(COMPANY["PMI_SIZE"], None)
+    assert start is not None
+    # Not left to mpi4py: one that belongs to another MPI says that every process is alone.
+    wanted = {"cluster_detection_method": "mpi4py", "num_processes": 2, "process_id": 1}
+    assert start.arguments == wanted
+    pod = COMPANY["JOB_COMPLETION_INDEX"] | {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
+    start = choose_start(pod, None)
+    assert start is not None and start.arguments == {} and "JOB_COMPLETION_INDEX=1" in start.expected
+
+
+def test_torchrun_leaves_its_port_and_the_gpus_of_others_alone():
+    start = choose_start(TORCHRUN, None)
+    assert start is not None
+    assert start.arguments == {
+        "coordinator_address": "h0:29501", "num_processes": 4, "process_id": 3, "local_device_ids": [1],
+        "cluster_detection_method": "deactivate",
+    }  # fmt: skip
+    start = choose_start(TORCHRUN | {"JAX_LOCAL_DEVICE_IDS": "0,1", "JAX_COORDINATOR_PORT": "77"}, None)
+    assert start is not None and "local_device_ids" not in start.arguments and start.coordinator == "h0:77"
+
+
+@pytest.mark.parametrize("environment", [EXPLICIT, TORCHRUN, OPEN_MPI_4, SLURM, JAX], ids=lambda found: min(found))
+def test_programs_of_one_process_refuse_company(environment, monkeypatch):
+    monkeypatch.setattr(os, "environ", environment)
+    with pytest.raises(
+        UserError, match=r"intttrain prepare runs in one process, .* only INTTTRAIN_NUM_PROCESSES=1 to run"
+    ):
+        distributed.check_single("intttrain prepare", None)
+    monkeypatch.setattr(os, "environ", ALONE | without(environment, *EXPLICIT))
+    distributed.check_single("intttrain prepare", None)
+
+
+def test_a_program_without_devices_runs_on_a_host_of_a_slice(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"TPU_WORKER_HOSTNAMES": "a,b"})
+    distributed.check_single("intttrain prepare", None)
+    with pytest.raises(UserError, match="TPU_WORKER_HOSTNAMES=a,b"):
+        distributed.check_single("intttrain export", "tpu,cpu")
 
 
 def test_explicit_hosts_are_passed_on():
@@ -128,7 +228,7 @@ def free_port() -> int:
 
 
 def launch(program: str = PROGRAM, **variables: str) -> subprocess.Popen[str]:
-    foreign = ("SLURM_", "INTTTRAIN_", "TPU_", "MEGASCALE_")
+    foreign = ("SLURM_", "INTTTRAIN_", "TPU_", "MEGASCALE_", "OMPI_", "PMI", "JAX_", "RANK", "WORLD_SIZE", "MASTER_")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
     environment = clean | {"PYTHONPATH": str(REPO), "JAX_PLATFORMS": "cpu"} | variables
     return subprocess.Popen(
@@ -183,12 +283,32 @@ def test_sigterm_still_ends_a_connected_process():
     assert process.returncode == -15 and "alive" not in out, text
 
 
-def test_slurm_step_of_two_tasks():
-    step = {
-        "SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2",
-        "JAX_COORDINATOR_PORT": str(free_port()),
-    }  # fmt: skip
-    processes = [launch(**step, SLURM_PROCID=str(i), SLURM_LOCALID=str(i)) for i in range(2)]
+STARTED = {  # what a launcher tells two processes on this host; PORT is free
+    "slurm": {
+        "SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_PROCID": "NUMBER",
+        "SLURM_LOCALID": "NUMBER", "JAX_COORDINATOR_PORT": "PORT",
+    },
+    "ompi": {
+        "OMPI_MCA_orte_hnp_uri": "1314521088.0;tcp://127.0.0.1:34911", "OMPI_COMM_WORLD_SIZE": "2",
+        "OMPI_COMM_WORLD_RANK": "NUMBER", "OMPI_COMM_WORLD_LOCAL_RANK": "NUMBER", "JAX_COORDINATOR_PORT": "PORT",
+    },
+    "torchrun": {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "BEFORE", "WORLD_SIZE": "2", "RANK": "NUMBER",
+        "LOCAL_RANK": "NUMBER", "LOCAL_WORLD_SIZE": "2",
+    },
+    "jax": {
+        "JAX_COORDINATOR_ADDRESS": "127.0.0.1:PORT", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "NUMBER",
+        "JAX_LOCAL_DEVICE_IDS": "NUMBER",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("launcher", STARTED)
+def test_two_processes_of_a_launcher_find_each_other(launcher):
+    port = free_port()
+    told = {name: value.replace("PORT", str(port)) for name, value in STARTED[launcher].items()}
+    told = {name: value.replace("BEFORE", str(port - 1)) for name, value in told.items()}
+    processes = [launch(**{k: v.replace("NUMBER", str(i)) for k, v in told.items()}) for i in range(2)]
     for index, process in enumerate(processes):
         out, text = process.communicate(timeout=60)
         assert process.returncode == 0, text

@@ -19,7 +19,7 @@ LINES = list(dict.fromkeys(re.findall(r"^ {4}(\S.*)$", "\n".join(PAGES.values())
 
 INTTTRAIN = """#!PYTHON
 import json, os, sys
-names = ("INTTTRAIN_", "SLURM_", "MEGASCALE_", "TPU_")
+names = ("INTTTRAIN_", "SLURM_", "MEGASCALE_", "TPU_", "OMPI_", "RANK", "WORLD_SIZE", "MASTER_")
 record = {"words": sys.argv[1:], "environment": {k: v for k, v in os.environ.items() if k.startswith(names)}}
 with open(os.environ["RECORD"], "a") as file:
     file.write(json.dumps(record) + "\\n")
@@ -28,6 +28,16 @@ SRUN = """#!/bin/sh
 while [ "${1#--}" != "$1" ]; do shift; done
 export SLURM_JOB_ID=1 SLURM_STEP_NODELIST=node[1-2] SLURM_NTASKS=2 SLURM_LOCALID=0
 SLURM_PROCID=0 "$@" && SLURM_PROCID=1 "$@"
+"""
+MPIRUN = """#!/bin/sh
+shift 2
+export "OMPI_MCA_orte_hnp_uri=1.0;tcp://10.0.0.1:1" OMPI_COMM_WORLD_SIZE=2
+for rank in 0 1; do OMPI_COMM_WORLD_RANK=$rank OMPI_COMM_WORLD_LOCAL_RANK=$rank "$@" || exit; done
+"""
+TORCHRUN = """#!/bin/sh
+[ "$1 $2" = "--no-python --nproc-per-node=2" ] && shift 2 || exit 1
+export MASTER_ADDR=localhost MASTER_PORT=29500 WORLD_SIZE=2
+RANK=0 "$@" && RANK=1 "$@"
 """
 # sbatch runs the script at once; other programs are only there.
 SBATCH = """#!/bin/sh
@@ -38,7 +48,8 @@ SLURM_JOB_ID=1 exec bash "$@"
 CLUSTER = """#!/bin/sh
 echo "$(basename "$0") $*"
 """
-PROGRAMS = {"srun": SRUN, "sbatch": SBATCH} | dict.fromkeys(("gcloud", "kubectl", "xpk", "squeue", "scancel"), CLUSTER)
+STARTERS = {"srun": SRUN, "sbatch": SBATCH, "mpirun": MPIRUN, "torchrun": TORCHRUN}
+PROGRAMS = STARTERS | dict.fromkeys(("gcloud", "kubectl", "xpk", "squeue", "scancel"), CLUSTER)
 
 
 def run(line: str, folder: Path) -> tuple[str, list[dict]]:
@@ -73,9 +84,9 @@ def test_command_lines_of_the_pages(line, tmp_path):
         assert printed.count("intttrain train") == 4 and not calls
     elif "intttrain train" in line:
         _, calls = run(line, tmp_path)
-        wanted = 4 if "local.sh" in line else 2 if "srun" in line or "sbatch" in line else 1
+        wanted = 4 if "local.sh" in line else 2 if program in STARTERS else 1
         assert [call["words"][0] for call in calls] == ["train"] * wanted
-        several = line.startswith(("launch/", "srun", "sbatch", "INTTTRAIN_"))
+        several = line.startswith(("launch/", "INTTTRAIN_", *STARTERS))
         assert all((choose_start(call["environment"], "cpu") is not None) == several for call in calls)
     else:  # a line to look at or to end what another line started
         assert program in PROGRAMS and re.search(r"\b(my-slice|tiny|1234)\b", line)

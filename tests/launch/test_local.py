@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,40 @@ exit 5
     assert running.returncode == 5
     for process in range(2):
         assert lines_of(out, process).count("got") == 1
+
+
+@pytest.mark.parametrize("group", [False, True], ids=["the script", "its group"])
+def test_processes_end_with_a_script_that_is_killed(group):
+    program = """
+case $INTTTRAIN_PROCESS_ID in
+0) trap 'echo asked; exit 143' TERM ;;
+1) trap '' TERM ;;
+esac
+echo $$
+while :; do sleep 0.1; done
+"""
+    running = subprocess.Popen(
+        [SCRIPT, "2", "1", "bash", "-c", program], env=environment(GRACE_SECONDS="1"), text=True,
+        stdout=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    assert running.stdout is not None
+    numbers = [int(running.stdout.readline().split()[1]) for _ in range(2)]
+    if group:
+        os.killpg(running.pid, signal.SIGKILL)
+    else:
+        running.kill()
+    said, _ = running.communicate(timeout=30)  # until the last of them has closed it
+    assert running.returncode == -signal.SIGKILL and "asked" in lines_of(said, 0)
+    deadline = time.monotonic() + 20
+    while any(map(lives, numbers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(lives, numbers))
+
+
+def lives(number: int) -> bool:
+    """Whether a process runs; one that has ended may wait for somebody to ask for its status."""
+    status = Path(f"/proc/{number}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 def test_dry_run_prints_commands_that_a_shell_can_run():

@@ -136,6 +136,11 @@ def test_gives_up_after_restarts_without_a_newer_checkpoint(queue):
     assert done.stdout.count("restart 1 of 2 since step") == 3
 
 
+def test_a_workdir_that_stands_in_a_word_of_its_own_is_found(queue):
+    printed = queue.run(*queue.words("", flags=("--dry_run",))[:-1], "-workdir", "gs://b/my run").stdout
+    assert ("storage", "ls", "gs://b/my run/checkpoints/*/commit_success.txt") in commands(printed)
+
+
 def test_hosts_that_do_not_answer_are_replaced(queue):
     done = queue("exit 0", states=[["ACTIVE"], ["ACTIVE"]], FAIL_ON="a", MAX_RESTARTS="1")
     assert done.returncode == 1 and queue.actions == ["create", "delete", "create"]
@@ -211,6 +216,8 @@ def test_several_slices(queue):
         ((*SLICE, "--slices=0", "--", "x", WORKDIR), "--slices=0 is not a whole number from 1 to 999"),
         ((*SLICE, "--zoom=z"), "unknown argument --zoom=z"),
         ((*SLICE, "--", "intttrain", "train", "--workdir=runs/a"), "the command has no --workdir=gs://..."),
+        ((*SLICE, "--", "intttrain", "train", "--workdir", "runs/a"), "the command has no --workdir=gs://..."),
+        ((*SLICE, "--", "sh", "-c", "x --workdir gs://b/$N"), "--workdir=gs://b/$N is not written out"),
     ],
 )
 def test_bad_arguments(queue, arguments, message):

@@ -85,6 +85,52 @@ def test_gives_up_after_restarts_without_a_newer_checkpoint(slurm):
     assert "giving up after 2 restarts without a checkpoint newer than step 300" in said
 
 
+@pytest.mark.parametrize("flag", [("--workdir", "FOLDER/my run"), ("-workdir=FOLDER/my run",)])
+def test_checkpoints_are_found_however_the_workdir_is_written(slurm, flag):
+    slurm.words[3:] = [word.replace("FOLDER", str(slurm.folder)) for word in flag]
+    saves = 'mkdir -p "$FOLDER/my run"/checkpoints/$((n > 2 ? 200 : 100 * n)); exit 1'
+    status, said = slurm(saves, MAX_RESTARTS="1")
+    assert status == 1 and slurm.calls == ["srun"] * 3
+    assert "giving up after 1 restarts without a checkpoint newer than step 200" in said
+
+
+GCLOUD = """#!/usr/bin/env bash
+(printf 'gcloud %s|' "$@"; echo) >>"$FOLDER/calls"
+[ "$*" = "storage ls gs://bucket/my run/checkpoints/*/commit_success.txt" ] || exit 1
+[ -d "$FOLDER/saved" ] || { echo "ERROR: One or more URLs matched no objects." >&2 && exit 1; }
+for step in "$FOLDER"/saved/*; do echo "gs://bucket/my run/checkpoints/$(basename "$step")/commit_success.txt"; done
+"""
+
+
+def test_checkpoints_are_found_in_a_bucket(slurm):
+    (slurm.folder / "gcloud").write_text(GCLOUD)
+    (slurm.folder / "gcloud").chmod(0o755)
+    slurm.words[3:] = ["--workdir", "gs://bucket/my run/"]
+    saves = 'mkdir -p "$FOLDER"/saved/$((n > 2 ? 200 : 100 * n)); exit 1'
+    status, said = slurm(saves, MAX_RESTARTS="1")
+    assert status == 1 and slurm.calls.count("srun") == 3 and "looked for" not in said
+    assert "giving up after 1 restarts without a checkpoint newer than step 200" in said
+    slurm.words[1:1] = ["--dry_run"]
+    _, printed = slurm("")
+    assert "gcloud storage ls gs://bucket/my\\ run/checkpoints/\\*/commit_success.txt" in printed
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "the command has no --workdir: 1 restarts in all"),
+        (["--workdir=$RUN/a"], "--workdir=$RUN/a is not written out: 1 restarts in all"),
+        (["--workdir=gs://b/w"], "no checkpoints can be looked for: ERROR: no credentials"),
+    ],
+)
+def test_says_when_it_cannot_look_for_checkpoints(slurm, flags, message):
+    slurm.words[3:] = flags
+    (slurm.folder / "gcloud").write_text("#!/bin/sh\necho 'WARNING: old\nERROR: no credentials' >&2; exit 1")
+    (slurm.folder / "gcloud").chmod(0o755)
+    status, said = slurm("exit 4", MAX_RESTARTS="1")
+    assert status == 1 and slurm.calls == ["srun"] * 2 and said.count(message) == 1
+
+
 def test_a_saved_run_is_queued_again(slurm):
     status, _ = slurm("exit 143")
     assert status == 0 and slurm.calls == ["srun", "squeue", "scontrol"]
