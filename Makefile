@@ -117,7 +117,6 @@ $(base): pyproject.toml $(LOCK) | $(python)
 # torch first and by itself, so that the release above is what the rest finds.
 $(full): pyproject.toml $(LOCK) | $(python)
 	@echo "Installing intttrain with torch, TensorFlow, libtpu and the test tools (about 1.4 GB to fetch, several minutes)"
-	@$(call install,$(TORCH)) || { echo "$(TORCH) is not to be had here; taking the newest torch instead"; \
-	  $(call install,torch); }
+	@$(call install,$(TORCH))
 	@$(call install,-e $(everything))
 	@touch $(base) $@

@@ -47,7 +47,7 @@ def test_every_dependency_is_pinned_to_a_release_that_it_allows(python):
     for line in map(Requirement, wanted):
         versions = locked.get(canonicalize_name(line.name), [])
         assert versions, f"constraints.txt does not pin {line.name} for Python {python}; run `make lock`"
-        assert line.specifier.contains(versions[0]), f"pyproject.toml asks for {line}, constraints.txt has {versions[0]}"
+        assert line.specifier.contains(versions[0]), f"pyproject.toml has {line}, constraints.txt {versions[0]}"
 
 
 def test_torch_is_the_release_of_the_makefile_without_its_libraries():

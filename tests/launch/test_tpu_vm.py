@@ -131,7 +131,8 @@ def test_the_archive_is_enough_to_build_the_package(cloud):
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments"), [("tpu_vm.sh", ("--install",)), ("queued.sh", (*QUEUED, "--", "true", "--workdir=gs://b/run"))]
+    ("name", "arguments"),
+    [("tpu_vm.sh", ("--install",)), ("queued.sh", (*QUEUED, "--", "true", "--workdir=gs://b/run"))],
 )
 def test_launchers_that_install_are_used_from_a_checkout(cloud, tmp_path, name, arguments):
     """`intttrain init` copies them to places where there is nothing to install."""
