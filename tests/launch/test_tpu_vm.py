@@ -137,9 +137,7 @@ def test_the_archive_is_enough_to_build_the_package(cloud):
 def test_launchers_that_install_are_used_from_a_checkout(cloud, tmp_path, name, arguments):
     """`intttrain init` copies them to places where there is nothing to install."""
     script = tmp_path / "launch" / name
-    script.parent.mkdir()
-    for file in ("tpu_vm.sh", "queued.sh"):
-        shutil.copy(REPO / "launch" / file, script.parent)
+    shutil.copytree(REPO / "launch", script.parent)
     for dry_run in ((), ("--dry_run",)):
         done = cloud.run(str(script), "--name=a", *PLACE, *dry_run, *arguments)
         assert done.returncode == 2 and done.stderr.count("\n") == 1
