@@ -35,7 +35,7 @@ newest := .venv-newest
 # Where a new release of another project is felt first.
 touching := tests/interop tests/data tests/train tests/evals/test_harness.py tests/app/test_bucket.py
 # A variable, because a comma would end the argument of $(call).
-everything := '.[code,dev,gcs,harness,hf,ruler,tf,tpu]'
+everything := '.[code,dev,gcs,harness,hf,ruler,tf,tpu,wandb]'
 
 help:
 	@echo "make demo     train a small model and its dense twin on this machine and compare them"
