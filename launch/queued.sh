@@ -184,8 +184,7 @@ tend() {
     patience=$PATIENCE_POLLS
 }
 
-state=ABSENT seen=false restarts=0 patience=$PATIENCE_POLLS
-reached=$(newest_checkpoint)
+state=ABSENT seen=false restarts=0 patience=$PATIENCE_POLLS reached=$(newest_checkpoint)
 while :; do
     look
     case $state in
