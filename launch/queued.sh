@@ -58,6 +58,7 @@ create=("${queue[@]}" create "$name" "${where[@]}" "--accelerator-type=$accelera
 remove=("${queue[@]}" delete "$name" "${where[@]}" --force --quiet)
 list=(gcloud storage ls "$checkpoints*/commit_success.txt") # which a save writes last
 hosts=("$(dirname "$0")/tpu_vm.sh" "--name=$nodes" "${where[@]}" ${python:+"--python=$python"})
+"${hosts[@]}" --dry_run --install >/dev/null || exit # what cannot be installed is not requested
 
 # show COMMAND...: as a shell would read it.
 show() { printf '%q ' "$@" && echo; }
@@ -184,8 +185,7 @@ tend() {
     patience=$PATIENCE_POLLS
 }
 
-state=ABSENT seen=false restarts=0 patience=$PATIENCE_POLLS
-reached=$(newest_checkpoint)
+state=ABSENT seen=false restarts=0 patience=$PATIENCE_POLLS reached=$(newest_checkpoint)
 while :; do
     look
     case $state in

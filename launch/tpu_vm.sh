@@ -3,7 +3,8 @@
 #
 #     launch/tpu_vm.sh --name=NAME[,NAME...] --zone=ZONE [--project=PROJECT] [--python=PYTHON] [--dry_run] ACTION
 #
-#     --install      copies this checkout to ~/intttrain on all hosts and installs it into ~/intttrain/venv
+#     --install      copies this checkout to ~/intttrain on all hosts and installs it into ~/intttrain/venv, with the
+#                    tested releases of other packages
 #     -- COMMAND...  starts the same command in the background on all hosts, in ~/intttrain
 #     --status       says on each host whether it runs, or with which status it ended
 #     --logs         the last lines on each host
@@ -42,6 +43,9 @@ done
 [ -n "$zone" ] || refuse "--zone is missing"
 [ -n "$action" ] || refuse "there is nothing to do"
 [ "$action" != run ] || [ $# -gt 0 ] || refuse "there is no command after --"
+checkout=$(cd "$(dirname "$0")/.." && pwd)
+[ "$action" != install ] || [ -f "$checkout/setup.py" ] ||
+    refuse "--install copies a checkout of intttrain, and $checkout is none; use the launchers of a checkout"
 where=("--zone=$zone")
 [ -z "$project" ] || where+=("--project=$project")
 
@@ -113,10 +117,10 @@ install() {
     folder=$(mktemp -d)
     trap 'rm -rf "$folder"' EXIT
     archive=$folder/intttrain.tar.gz
-    call tar -czf "$archive" -C "$(cd "$(dirname "$0")/.." && pwd)" --exclude=__pycache__ \
-        intttrain configs launch pyproject.toml README.md LICENSE
+    call tar -czf "$archive" -C "$checkout" --exclude=__pycache__ \
+        intttrain configs launch pyproject.toml setup.py constraints.txt README.md LICENSE
     script="set -eu; mkdir -p ~/intttrain; cd ~/intttrain; tar -xzf ~/intttrain.tar.gz; rm ~/intttrain.tar.gz
-$(printf '%q' "$python") -m venv venv; venv/bin/python -m pip install --quiet --upgrade '.[tpu,gcs]'
+$(printf '%q' "$python") -m venv venv; venv/bin/python -m pip install --quiet --upgrade -c constraints.txt '.[tpu,gcs]'
 echo \"\$(hostname): installed\""
     for name in "${names[@]}"; do
         call gcloud compute tpus tpu-vm scp "$archive" "$name:intttrain.tar.gz" "${where[@]}" --worker=all

@@ -12,6 +12,7 @@ import difflib
 import json
 import os
 import platform
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,10 @@ os.environ.update(
     EPATH_USE_TF="false",  # Orbax would load TensorFlow for gs://
     OMP_NUM_THREADS="1",  # torch: with shapes this small, threads of several workers only wait for each other
 )
+
+# A torch with CUDA brings triton, and a process that has loaded TensorFlow dies when it loads triton, too: with
+# tensorflow 2.21 and triton 3.7.1, `import tensorflow, triton` is a segmentation fault. Nothing here needs it.
+sys.modules["triton"] = None  # type: ignore[assignment]
 
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402

@@ -20,6 +20,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
+from intttrain.app.examples import with_found_configs
 from intttrain.core.config_eval import GATES, SIGNALS
 from intttrain.core.errors import UserError, did_you_mean, explain_exit
 
@@ -28,6 +29,7 @@ Define = Callable[[flags.FlagValues], Any]  # adds flags
 
 USAGE = """usage: intttrain COMMAND [--flag=value ...]
 
+  init       copy example configurations and launchers, to edit them
   config     print the resolved configuration with derived values
   prepare    text -> token stores
   train      train, or continue the run in --workdir
@@ -41,6 +43,9 @@ intttrain COMMAND --help lists the flags of a command."""
 
 def main() -> None:
     """Entry point of the ``intttrain`` program."""
+    # As with `python -m`: a configuration may import its neighbours from the folder where the command runs.
+    if not sys.flags.safe_path and sys.path[:1] != [os.getcwd()]:
+        sys.path.insert(0, os.getcwd())
     sys.exit(run(sys.argv[1:]))
 
 
@@ -75,7 +80,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
     if any(argument in ("-h", "--help") for argument in rest):
         print(f"intttrain {name}: {help_text}\n{values.get_help()}")
         return 0
-    _parse(values, ["intttrain", *rest])
+    _parse(values, ["intttrain", *with_found_configs(rest)])
     _check_places(values)
     if values.json:
         _check_json(Path(values.json))
@@ -118,7 +123,10 @@ def _parse(values: flags.FlagValues, argv: list[str]) -> None:
 
 # What absl and ml_collections say about the flags themselves, and what a user should read instead.
 _REWORDED = (
-    (r"No such file or directory: '([^']+)'", "--config: there is no file {0}; configs/ holds examples"),
+    (
+        r"No such file or directory: '([^']+)'",
+        "--config: there is no file {0}; --config=tiny is an example, and 'intttrain init' copies it into configs/",
+    ),
     (r"has no attribute 'get_config'", "--config: the file has no function get_config()"),
     (r"'(\w+)' object has no attribute 'to_dict'", "--config: get_config() returned {0}, not a ConfigDict"),
     (r"earlier failure to load: (.*)", "--config: {0}"),
@@ -184,9 +192,9 @@ def _config_flag(values: flags.FlagValues) -> None:
     flags.mark_flag_as_required("config", flag_values=values)
 
 
-def _string(name: str, help_text: str, *, required: bool = False) -> Define:
+def _string(name: str, help_text: str, *, default: str | None = None, required: bool = False) -> Define:
     def define(values: flags.FlagValues) -> None:
-        flags.DEFINE_string(name, None, help_text, flag_values=values)
+        flags.DEFINE_string(name, default, help_text, flag_values=values)
         if required:
             flags.mark_flag_as_required(name, flag_values=values)
 
@@ -242,6 +250,11 @@ _OUTPUT = _string("output", "folder to create", required=True)
 _STEP = _integer("step", None, "checkpoint step (default: the newest)")
 
 COMMANDS: dict[str, tuple[str, Define, Command]] = {
+    "init": (
+        "copy example configurations and launchers, to edit them",
+        _string("output", "folder that receives configs/ and launch/", default="."),
+        _command("copy_examples", "examples"),
+    ),
     "config": ("print the resolved configuration", _config_flag, _command("show_config")),
     "prepare": ("text -> token stores", _all(_config_flag, _OUTPUT), _command("prepare_stores")),
     "train": (

@@ -45,7 +45,7 @@ def new(tmp_path: Path) -> Path:
     ("command", "wanted"),
     [
         ("trian", ["unknown command 'trian'", "did you mean 'train'?"]),
-        ("frobnicate", ["choose from config, eval, export, generate, plan, prepare, train"]),
+        ("frobnicate", ["choose from config, eval, export, generate, init, plan, prepare, train"]),
         ("train", ["missing --config=..., --workdir=..."]),
         ("train {config}", ["missing --workdir=..."]),
         ("prepare {config}", ["missing --output=..."]),

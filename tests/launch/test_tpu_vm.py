@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -15,6 +16,7 @@ import pytest
 from tests.launch.cloud import PLACE, REPO, Cloud
 
 SCRIPT = str(REPO / "launch" / "tpu_vm.sh")
+QUEUED = ("--accelerator_type=v5p-16", "--runtime_version=v2-alpha-tpuv5")
 
 
 class Slices(Cloud):
@@ -111,7 +113,7 @@ def test_install_copies_the_checkout_and_installs_the_tpu_extra(cloud):
     for host in ("a-0", "a-1", "b-0", "b-1"):
         folder = cloud.host(host)
         assert (folder / "intttrain" / "core" / "distributed.py").exists() and (folder / "configs").is_dir()
-        assert (folder / "installed").read_text() == "-m pip install --quiet --upgrade .[tpu,gcs]\n"
+        assert (folder / "installed").read_text() == "-m pip install --quiet --upgrade -c constraints.txt .[tpu,gcs]\n"
         assert not (folder.parent / "intttrain.tar.gz").exists()
 
 
@@ -123,8 +125,26 @@ def test_the_archive_is_enough_to_build_the_package(cloud):
     subprocess.run(tar, check=True)
     with tarfile.open(archive) as opened:
         names = set(opened.getnames())
-    assert {"pyproject.toml", "README.md", "LICENSE", "intttrain/__init__.py", "launch/tpu_vm.sh"} <= names
+    wanted = {"pyproject.toml", "setup.py", "constraints.txt", "README.md", "LICENSE", "configs", "launch/tpu_vm.sh"}
+    assert wanted | {"intttrain/__init__.py"} <= names
     assert not any("__pycache__" in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("tpu_vm.sh", ("--install",)), ("queued.sh", (*QUEUED, "--", "true", "--workdir=gs://b/run"))],
+)
+def test_launchers_that_install_are_used_from_a_checkout(cloud, tmp_path, name, arguments):
+    """`intttrain init` copies them to places where there is nothing to install."""
+    script = tmp_path / "launch" / name
+    shutil.copytree(REPO / "launch", script.parent)
+    for dry_run in ((), ("--dry_run",)):
+        done = cloud.run(str(script), "--name=a", *PLACE, *dry_run, *arguments)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert f"checkout of intttrain, and {tmp_path} is none; use the launchers of a checkout" in done.stderr
+    assert cloud.calls == []
+    if name == "tpu_vm.sh":  # what needs no checkout works
+        assert cloud.run(str(script), "--name=a", *PLACE, "--status").stdout.count(": not started") == 2
 
 
 def test_an_unreachable_slice_ends_with_its_name(cloud):

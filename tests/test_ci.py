@@ -1,0 +1,47 @@
+""".ci/run with a stand-in for make: which part fails decides, and the newest releases do not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+PARTS = ["check", "test-newest", "test", "test-slow", "check-plan"]
+MAKE = """#!/bin/sh
+echo "$1" >>"$CALLS"
+[ "$1" != "$FAILING" ] || { echo "== 1 failed, 2 passed =="; exit 2; }
+echo "== 3 passed =="
+"""
+
+
+def ci(folder: Path, failing: str = "") -> tuple[int, list[str], list[str]]:
+    """Returns the status, the lines of output, and the parts that were run."""
+    (folder / "make").write_text(MAKE)
+    (folder / "make").chmod(0o755)
+    environment = {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "CALLS": str(folder / "calls")}
+    environment["FAILING"] = failing
+    result = subprocess.run([REPO / ".ci" / "run"], env=environment, capture_output=True, text=True)
+    assert result.stderr == ""
+    return result.returncode, result.stdout.splitlines(), (folder / "calls").read_text().split()
+
+
+def test_all_parts_run_and_the_newest_releases_before_the_tests(tmp_path):
+    status, lines, parts = ci(tmp_path)
+    assert (status, parts) == (0, PARTS)
+    assert lines[-1].startswith("CI passed: ") and "other projects pass as well" in lines[-1]
+
+
+@pytest.mark.parametrize("part", [part for part in PARTS if part != "test-newest"])
+def test_a_part_that_fails_ends_it_and_is_named_last(tmp_path, part):
+    status, lines, parts = ci(tmp_path, failing=part)
+    assert (status, lines[-1], parts[-1]) == (1, f"CI failed in: make {part}", part)
+
+
+def test_the_newest_releases_do_not_count(tmp_path):
+    status, lines, parts = ci(tmp_path, failing="test-newest")
+    assert (status, parts) == (0, PARTS)
+    assert [line for line in lines if "failed" in line] == ["newest: == 1 failed, 2 passed =="]
+    assert lines[-1].startswith("CI passed: ") and "do NOT pass" in lines[-1]
