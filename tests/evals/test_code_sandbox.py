@@ -109,7 +109,7 @@ FORBIDDEN = {
     "setns": (308, 268, "-1, 0"),
     "perf_event_open": (298, 241, "0, 0, -1, -1, -1"),
     "bpf": (321, 280, "0, 1, 1 << 20"),
-    "userfaultfd": (323, 282, "1 << 20"),
+    "userfaultfd": (323, 282, "1 | 1 << 20"),  # 1: for user mode only, which needs no privilege
     "io_uring_setup": (425, 425, "0, 0"),
 }
 FAMILIES = {"AF_UNIX": 1, "AF_INET": 2}
