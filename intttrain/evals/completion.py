@@ -74,8 +74,8 @@ class Completer:
         """See ``Complete``; one compiled program serves prompts of all lengths up to the longest."""
         encoded = self._tokenizer.encode_many(prompts)
         numbers = list(range(len(encoded)) if sequences is None else sequences)
-        prompts_N = [np.asarray(ids if len(ids) else self._empty, np.int32) for ids in encoded]
-        requests = [Request(n, prompt, max_new_tokens) for n, prompt in zip(numbers, prompts_N, strict=True)]
+        chosen = [np.asarray(ids if len(ids) else self._empty, np.int32) for ids in encoded]
+        requests = [Request(n, prompt, max_new_tokens) for n, prompt in zip(numbers, chosen, strict=True)]
         longest = max((len(request.prompt) for request in requests), default=0) + max_new_tokens
         if self._generator is None or self._generator.max_tokens < longest:
             self._generator = self._make_generator(longest)

@@ -162,9 +162,8 @@ def make_view(program: bytes, executable: str, libraries: list[str]) -> None:
     Read-only: the interpreter, the folders of libraries, the program. ``/sandbox`` is empty, writable and in memory.
     """
     call(_libc.mount, b"none", b"/", None, _MS_REC | _MS_PRIVATE, None)
-    call(
-        _libc.mount, b"tmpfs", b"/tmp", b"tmpfs", _MS_NOSUID | _MS_NODEV, f"mode=755,size={2 * PROGRAM_BYTES}".encode()
-    )
+    data = f"mode=755,size={2 * PROGRAM_BYTES}".encode()
+    call(_libc.mount, b"tmpfs", b"/tmp", b"tmpfs", _MS_NOSUID | _MS_NODEV, data)
     os.makedirs("/tmp/old")
     call(_libc.syscall, _PIVOT_ROOT[os.uname().machine], b"/tmp", b"/tmp/old")
     os.chdir("/")

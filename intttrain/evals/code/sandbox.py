@@ -103,12 +103,12 @@ def run_program(program: str, limits: Limits) -> Verdict:
       UserError: a layer of the sandbox is not to be had.
     """
     try:
-        text = program.encode()
+        source = program.encode()
     except UnicodeEncodeError as error:  # a text that no file can hold
         return Verdict("failed", f"UnicodeEncodeError: {error}"[:200])
-    if len(text) > confine.PROGRAM_BYTES:
-        return Verdict("failed", f"a program of {len(text):,} bytes, more than {confine.PROGRAM_BYTES:,}")
-    facts = _facts(text, limits)
+    if len(source) > confine.PROGRAM_BYTES:
+        return Verdict("failed", f"a program of {len(source):,} bytes, more than {confine.PROGRAM_BYTES:,}")
+    facts = _facts(source, limits)
     status, said = facts["status"], _parsed(facts["said"])
     if facts["timed_out"]:
         return Verdict("timed_out", f"{limits.seconds:g} s")
@@ -186,7 +186,7 @@ def _map_ids(pid: int) -> None:
 def _parsed(said: str) -> Any:
     try:
         return json.loads(said)
-    except (ValueError, RecursionError):  # a program can write there, too
+    except (ValueError, RecursionError):  # programs can write there themselves
         return None
 
 
