@@ -197,6 +197,8 @@ class InPlaceTTTCache(DynamicCache):
     def reset(self) -> None:
         """Empties the cache and drops the fast weights."""
         super().reset()
+        for layer in self.layers:
+            layer.is_initialized = False  # before 5.x the stock reset keeps its columns, filled with zeros
         self.fast_weights = {}
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
@@ -595,3 +597,11 @@ class InPlaceTTTLlamaForCausalLM(_CausalLMMixin, LlamaForCausalLM):
     """Llama with fast weights and a language-model head."""
 
     model_class = InPlaceTTTLlamaModel
+
+
+for _auto_class, _classes in (
+    ("AutoModel", (InPlaceTTTQwen3Model, InPlaceTTTLlamaModel)),
+    ("AutoModelForCausalLM", (InPlaceTTTQwen3ForCausalLM, InPlaceTTTLlamaForCausalLM)),
+):
+    for _class in _classes:
+        _class.register_for_auto_class(_auto_class)  # so that save_pretrained copies this file; newer releases do it
