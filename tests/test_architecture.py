@@ -18,6 +18,8 @@ FOLDERS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
 
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
+# path -> why this file may be longer. A reason that no longer holds fails the test, too.
+LONG_FILES = {"intttrain/interop/modeling_intttrain.py": "lies as one file beside exported weights, for users to read"}
 # "path::function" -> why this one may be longer. A reason that no longer holds fails the test, too.
 LONG_FUNCTIONS: dict[str, str] = {}
 VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "shared", "tools"}
@@ -47,7 +49,9 @@ def report(problems: list[str], rule: str) -> None:
 
 def test_files_are_short():
     long = {path: len(path.read_text().splitlines()) for path in sources("intttrain", "tests", "configs", "launch")}
-    problems = [f"{name_of(path)}: {lines} lines" for path, lines in long.items() if lines >= MAX_FILE_LINES]
+    long = {name_of(path): lines for path, lines in long.items() if lines >= MAX_FILE_LINES}
+    problems = [f"{name}: {lines} lines" for name, lines in long.items() if name not in LONG_FILES]
+    problems += [f"{name} is listed in LONG_FILES but is short" for name in LONG_FILES if name not in long]
     report(problems, f"A file has fewer than {MAX_FILE_LINES} lines; cut it where the subject changes.")
 
 

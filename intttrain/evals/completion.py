@@ -58,10 +58,13 @@ class Completer:
     Args:
       make_generator: called with the longest prompt and continuation, in tokens.
       tokenizer: of the model.
+      empty: ids that are read in place of a prompt without a token; if there are none, such a prompt is refused.
     """
 
-    def __init__(self, make_generator: Callable[[int], Generator], tokenizer: Tokenizer) -> None:
-        self._make_generator, self._tokenizer = make_generator, tokenizer
+    def __init__(
+        self, make_generator: Callable[[int], Generator], tokenizer: Tokenizer, empty: Sequence[int] = ()
+    ) -> None:
+        self._make_generator, self._tokenizer, self._empty = make_generator, tokenizer, empty
         self._generator: Generator | None = None
 
     def __call__(
@@ -71,9 +74,8 @@ class Completer:
         """See ``Complete``; one compiled program serves prompts of all lengths up to the longest."""
         encoded = self._tokenizer.encode_many(prompts)
         numbers = list(range(len(encoded)) if sequences is None else sequences)
-        requests = [
-            Request(n, np.asarray(ids, np.int32), max_new_tokens) for n, ids in zip(numbers, encoded, strict=True)
-        ]
+        chosen = [np.asarray(ids if len(ids) else self._empty, np.int32) for ids in encoded]
+        requests = [Request(n, prompt, max_new_tokens) for n, prompt in zip(numbers, chosen, strict=True)]
         longest = max((len(request.prompt) for request in requests), default=0) + max_new_tokens
         if self._generator is None or self._generator.max_tokens < longest:
             self._generator = self._make_generator(longest)

@@ -59,13 +59,14 @@ class Respondent:
                 gate=condition.gate, settings=condition.settings, mesh=mesh,
             )  # fmt: skip
 
-        self._completer = Completer(make_generator, tokenizer)
+        self._completer = Completer(make_generator, tokenizer, empty=[tokenizer.end_of_document])
 
     def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:
         """Returns the log-likelihood (nats) of every continuation, and whether greedy decoding would write it.
 
         Nothing is cut off, and each document is read as a whole. The first token of a document is not predicted, so it
-        counts nothing: a continuation without context has to follow the end of a document.
+        counts nothing: a continuation without context has to follow the end of a document. No continuation at all is
+        certain: 0, True.
 
         Args:
           pairs: token ids of context and continuation.
@@ -96,11 +97,8 @@ class Respondent:
         """Returns the continuation of every prompt, up to the first of its stops or the end of the document.
 
         Args:
-          prompts: text, each with a token at least.
+          prompts: text; one without a token starts after the end of a document.
           options: of each prompt, the generation keywords of the harness in their normal form.
-
-        Raises:
-          UserError: a prompt without a token.
         """
         texts = [""] * len(prompts)
         alike = collections.defaultdict(list)
@@ -112,7 +110,8 @@ class Respondent:
                 self._report(f"note: generation keywords without meaning here are not used: {', '.join(unknown)}")
             self._report(f"continuations: {len(numbers)} of up to {keywords['max_gen_toks']} tokens")
             temperature = float(keywords.get("temperature", 0.0)) if keywords["do_sample"] else 0.0
-            sampling = Sampling(temperature, int(keywords.get("top_k", 0)), float(keywords.get("top_p", 1.0)))
+            top_k, top_p = keywords.get("top_k"), keywords.get("top_p")  # a task may write null for all tokens
+            sampling = Sampling(temperature, int(top_k or 0), 1.0 if top_p is None else float(top_p))
             found = self._completer(
                 [prompts[number] for number in numbers], max_new_tokens=keywords["max_gen_toks"], sampling=sampling,
                 stop=[mark for mark in keywords["until"] if mark],
@@ -155,6 +154,13 @@ def register_model(load: Callable[..., Respondent]) -> None:
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
             return self.respondent.tokenizer.encode(string).tolist()
+
+        def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+            # lm_eval looks at the first token of a continuation without context, so there has to be one.
+            is_nothing = [not context and not self.tok_encode(wanted) for context, wanted in (r.args for r in requests)]
+            asked = [request for request, nothing in zip(requests, is_nothing, strict=True) if not nothing]
+            found = iter(super().loglikelihood(asked, disable_tqdm=disable_tqdm))
+            return [(0.0, True) if nothing else next(found) for nothing in is_nothing]
 
         def _loglikelihood_tokens(self, requests: Sequence[Any], **kwargs: Any) -> list[tuple[float, bool]]:
             # A context of nothing but spaces is given to the continuation.

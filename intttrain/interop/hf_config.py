@@ -1,6 +1,6 @@
 """``ModelConfig`` <-> the dictionary in a Hugging Face ``config.json``.
 
-Written so that transformers 4.56 and newer 5.x releases both read it: 4.x reads ``rope_theta`` and
+Written so that transformers 4.57 and newer 5.x releases both read it: 4.x reads ``rope_theta`` and
 ``rope_scaling``, 5.x ``rope_parameters``; 4.x reads ``torch_dtype``, 5.x ``dtype``. Fields that only matter while
 training (``eta_warmup_steps``, remat, dtypes, implementations) are not part of a checkpoint and come back as defaults.
 """
@@ -311,7 +311,10 @@ def _ttt_keys(ttt: TTTConfig) -> Json:
 
 def _read_ttt(config: Mapping[str, Any], where: str) -> TTTConfig | None:
     present = [key for key in TTT_KEYS if key in config]
-    if not present or config.get("ttt_mode") is False:
+    mode = config.get("ttt_mode")
+    if not isinstance(mode, bool | None):
+        raise UserError(f"{where}: ttt_mode={mode!r} must be true or false (no quotes)")
+    if not present or mode is False:
         return None
     missing = [key for key in TTT_KEYS if config.get(key) is None]
     if missing:
@@ -319,15 +322,19 @@ def _read_ttt(config: Mapping[str, Any], where: str) -> TTTConfig | None:
             f"{where}: {', '.join(missing)} missing beside {', '.join(present)}; a TTT model needs all of "
             f"{', '.join(TTT_KEYS)}"
         )
-    if not config["ttt_proj"]:
-        raise UserError(f"{where}: ttt_proj=false (no target projection) is not supported; the only choice is true")
+    if config["ttt_proj"] is not True:
+        raise UserError(f"{where}: ttt_proj={config['ttt_proj']!r} is not supported; the only choice is true")
     target = config["ttt_target"]
     if target not in _TTT_TARGETS:
         raise UserError(f"{where}: ttt_target={target!r} is unknown{did_you_mean(str(target), _TTT_TARGETS)}")
-    layers, last = tuple(int(i) for i in config["ttt_layers"]), int(_need(config, "num_hidden_layers", where)) - 1
-    if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] > last:
-        raise UserError(f"{where}: ttt_layers={list(layers)} must be increasing layer indices from 0 to {last}")
+    layers, last = config["ttt_layers"], int(_need(config, "num_hidden_layers", where)) - 1
+    whole = isinstance(layers, list) and all(type(i) is int and 0 <= i <= last for i in layers)
+    if not whole or not layers or layers != sorted(set(layers)):
+        raise UserError(f"{where}: ttt_layers={layers!r} must be increasing layer indices from 0 to {last}")
+    chunk, eta = config["ttt_chunk"], config["ttt_lr"]
+    if type(chunk) is not int or chunk < 1:
+        raise UserError(f"{where}: ttt_chunk={chunk!r} must be a whole number of tokens, at least 1")
+    if isinstance(eta, bool) or not isinstance(eta, int | float) or not 0 <= eta < math.inf:
+        raise UserError(f"{where}: ttt_lr={eta!r} must be a finite number, at least 0")
     extra = {field: config[key] for key, field in _EXTRA_KEYS.items() if config.get(key) is not None}
-    return TTTConfig(
-        layers=layers, chunk_tokens=int(config["ttt_chunk"]), eta=float(config["ttt_lr"]), target=target, **extra
-    )
+    return TTTConfig(layers=tuple(layers), chunk_tokens=chunk, eta=float(eta), target=target, **extra)

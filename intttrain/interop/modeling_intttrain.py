@@ -1,6 +1,6 @@
 """In-Place Test-Time Training for Hugging Face transformers: Qwen3 and Llama decoders with fast weights.
 
-This file stands alone beside the weights (torch and transformers 4.56 or newer) and is loaded by
+This file stands alone beside the weights (torch and transformers 4.57 or newer) and is loaded by
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
@@ -14,6 +14,9 @@ In the layers ``config.ttt_layers`` the MLP's down projection is a fast weight. 
 An unfinished chunk never changes the state. Every row counts its chunks from its first real token, so padding and
 the other rows of a batch change nothing. While decoding, the state lives in the cache: a new cache starts fresh.
 
+Between two releases transformers renames what it hands to its layers. So the cache is found by its type, and every
+call checks that the fast weights were reached and saw what the attention saw: wrong is an error, never silent.
+
 Dims: B row, T tokens of this call, C tokens per chunk, M chunks, D model width, F feed-forward width.
 """
 
@@ -21,11 +24,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import transformers
 from torch import nn
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_sliding_window_causal_mask
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM, Qwen3Model
@@ -39,6 +45,8 @@ CONV_TAPS = 5
 _KEYS = ("ttt_layers", "ttt_proj", "ttt_lr", "ttt_chunk", "ttt_target")
 _EXTRA_KEYS = ("intttrain_delta_clip", "intttrain_delta_spectral", "intttrain_preserve_row_norm")
 _TARGETS = ("input_embed", "hidden_states", "next_hidden")
+# What this file hands to the stock decoder and would lose in silence if it were renamed.
+_ARGUMENTS = ("attention_mask", "position_ids", "inputs_embeds", "use_cache")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,13 +63,15 @@ class FastWeightSettings:
 
 
 def read_settings(config: Any) -> FastWeightSettings | None:
-    """Returns the settings, ``None`` when ``ttt_mode`` is false. Raises ``ValueError`` when keys are missing."""
-    if getattr(config, "ttt_mode", None) is None:
+    """Returns the settings, ``None`` when ``ttt_mode`` is false. Raises ``ValueError`` for a key missing or wrong."""
+    mode = getattr(config, "ttt_mode", None)
+    if mode is None:
         raise ValueError(
             "config.json has no ttt_mode: the fast weights would be silently off. Restore the ttt_* keys, or load the "
             "folder without trust_remote_code to run the plain model on purpose."
         )
-    if not config.ttt_mode:
+    _require(isinstance(mode, bool), "ttt_mode", mode, "true or false (no quotes)")
+    if not mode:
         return None
     missing = [key for key in _KEYS if getattr(config, key, None) is None]
     if missing:
@@ -69,15 +79,37 @@ def read_settings(config: Any) -> FastWeightSettings | None:
     unknown = [key for key in vars(config) if key.startswith("intttrain_") and key not in _EXTRA_KEYS]
     if unknown:
         raise ValueError(f"config.json has {unknown[0]}, which this modelling file does not know; use a newer one")
-    layers, last = tuple(config.ttt_layers), config.num_hidden_layers - 1
-    if not layers or min(layers) < 0 or max(layers) > last:
-        raise ValueError(f"ttt_layers={list(layers)} must be layer indices from 0 to {last}")
-    if config.ttt_target not in _TARGETS:
-        raise ValueError(f"ttt_target={config.ttt_target!r} is unknown; choose from {', '.join(_TARGETS)}")
-    if config.ttt_proj is not True or config.ttt_chunk < 1:
-        raise ValueError(f"ttt_proj={config.ttt_proj}, ttt_chunk={config.ttt_chunk}: needs true and at least 1")
-    extra = {key.removeprefix("intttrain_"): getattr(config, key) for key in _EXTRA_KEYS if hasattr(config, key)}
-    return FastWeightSettings(layers, float(config.ttt_lr), int(config.ttt_chunk), config.ttt_target, **extra)
+    layers, proj, eta, chunk, target = (getattr(config, key) for key in _KEYS)
+    last = config.num_hidden_layers - 1
+    whole = isinstance(layers, (list, tuple)) and all(type(i) is int and 0 <= i <= last for i in layers)
+    fits = whole and len(layers) > 0 and list(layers) == sorted(set(layers))
+    _require(fits, "ttt_layers", layers, f"increasing layer indices from 0 to {last}")
+    _require(proj is True, "ttt_proj", proj, "true")
+    _require(_is_number(eta) and eta >= 0, "ttt_lr", eta, "a finite number, at least 0")
+    _require(type(chunk) is int and chunk >= 1, "ttt_chunk", chunk, "a whole number of tokens, at least 1")
+    _require(target in _TARGETS, "ttt_target", target, f"one of {', '.join(_TARGETS)}")
+    *bounds, rows = (getattr(config, key, None) for key in _EXTRA_KEYS)
+    for key, bound in zip(_EXTRA_KEYS, bounds, strict=False):
+        _require(bound is None or (_is_number(bound) and bound > 0), key, bound, "a finite number above 0, or absent")
+    _require(rows is None or isinstance(rows, bool), _EXTRA_KEYS[-1], rows, "true or false")
+    return FastWeightSettings(tuple(layers), float(eta), chunk, target, *bounds, bool(rows))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _require(fits: bool, key: str, value: Any, rule: str) -> None:
+    if not fits:
+        raise ValueError(f"config.json: {key}={value!r} must be {rule}")
+
+
+def _unsupported(what: str) -> RuntimeError:
+    return RuntimeError(
+        f"{what}: transformers {transformers.__version__} calls this model in a way that modeling_intttrain.py does "
+        "not know, and the fast weights would be wrong; use a release that intttrain was tested with, or export again "
+        "with a newer intttrain"
+    )
 
 
 @dataclasses.dataclass
@@ -89,6 +121,7 @@ class FastWeightState:
       z_BCF, x_BCD: the open chunk; from ``fill_B`` on without meaning, overwritten before it is committed.
       fill_B: real tokens in the open chunk.
       columns: batch columns seen so far, padding included; equals the cache's length.
+      key_BX: the newest key of the layer's attention; tells whose row this is. ``None`` without a cache.
     """
 
     s_BDF: torch.Tensor | None
@@ -96,11 +129,12 @@ class FastWeightState:
     x_BCD: torch.Tensor
     fill_B: torch.Tensor
     columns: int
+    key_BX: torch.Tensor | None = None
 
     def map_rows(self, change: Any) -> FastWeightState:
         """Returns the state with ``change`` applied to every tensor (they all have the row on axis 0)."""
-        s_BDF = None if self.s_BDF is None else change(self.s_BDF)
-        return FastWeightState(s_BDF, change(self.z_BCF), change(self.x_BCD), change(self.fill_B), self.columns)
+        values = vars(self).items()
+        return FastWeightState(**{name: change(x) if isinstance(x, torch.Tensor) else x for name, x in values})
 
 
 class InPlaceTTTCache(DynamicCache):
@@ -109,28 +143,47 @@ class InPlaceTTTCache(DynamicCache):
     fast_weights: dict[int, FastWeightState]
 
     @staticmethod
-    def adopt(cache: Any) -> None:
-        """Turns an empty ``DynamicCache`` made by ``generate`` or by a caller into this class, in place."""
-        past = cache.get_seq_length()
-        if past and not getattr(cache, "fast_weights", None):
-            raise ValueError("the cache was filled without fast weights; start from an empty one")
-        if isinstance(cache, InPlaceTTTCache):
-            if past == 0:
-                cache.fast_weights = {}
-            for layer, state in cache.fast_weights.items():
-                if state.columns != past:
-                    raise NotImplementedError(
-                        f"the cache holds {past} columns, but the fast weight of layer {layer} has seen "
-                        f"{state.columns}; a cache cannot be cut or filled by another model"
-                    )
+    def adopt(cache: Any, layers: Iterable[int]) -> None:
+        """Turns an empty ``DynamicCache`` made by ``generate`` or by a caller into this class, in place.
+
+        Raises:
+          NotImplementedError: of another kind, or changed in a way that the fast weights of ``layers`` did not see.
+          ValueError: filled without fast weights.
+        """
+        if not isinstance(cache, InPlaceTTTCache):
+            if type(cache) is not DynamicCache:
+                raise NotImplementedError(
+                    f"{type(cache).__name__} is not supported: fast weights need a DynamicCache "
+                    "(leave cache_implementation unset)"
+                )
+            if any(cache.get_seq_length(layer) for layer in layers):
+                raise ValueError("the cache was filled without fast weights; start from an empty one")
+            cache.__class__ = InPlaceTTTCache
+            cache.fast_weights = {}
+        for layer in layers:
+            cache._check(layer)
+
+    def _check(self, layer: int) -> None:
+        past, state = self.get_seq_length(layer), self.fast_weights.get(layer)
+        if past == 0:
+            self.fast_weights.pop(layer, None)
             return
-        if type(cache) is not DynamicCache:
+        seen = 0 if state is None else state.columns
+        if past != seen:
             raise NotImplementedError(
-                f"{type(cache).__name__} is not supported: fast weights need a DynamicCache "
-                "(leave cache_implementation unset)"
+                f"the cache holds {past} columns, but the fast weight of layer {layer} has seen {seen}; "
+                "a cache cannot be cut or filled by another model"
             )
-        cache.__class__ = InPlaceTTTCache
-        cache.fast_weights = {}
+        key_BX = self.newest_key(layer)
+        if not torch.equal(key_BX, state.key_BX.to(key_BX.device)):
+            raise NotImplementedError(
+                f"the cache of layer {layer} was changed and its fast weight was not: rows may be reordered, repeated "
+                "and selected by reorder_cache, batch_repeat_interleave and batch_select_indices only"
+            )
+
+    def newest_key(self, layer: int) -> torch.Tensor:
+        """Returns a copy of what the attention of ``layer`` has stored last, one row of numbers for each row."""
+        return self.layers[layer].keys[:, :, -1].detach().flatten(1).clone()
 
     @property
     def is_croppable(self) -> bool:
@@ -144,6 +197,8 @@ class InPlaceTTTCache(DynamicCache):
     def reset(self) -> None:
         """Empties the cache and drops the fast weights."""
         super().reset()
+        for layer in self.layers:
+            layer.is_initialized = False  # before 5.x the stock reset keeps its columns, filled with zeros
         self.fast_weights = {}
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
@@ -171,6 +226,7 @@ class _Call:
 
     valid_BT: torch.Tensor  # bool, false at padding
     embeds_BTD: torch.Tensor
+    reached: list[int] = dataclasses.field(default_factory=list)  # layers whose fast weight has run
 
 
 class _TargetProjection(nn.Linear):
@@ -205,7 +261,7 @@ class InPlaceTTTMLP(nn.Module):
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Returns ``(W0 + S) z`` and moves the state that the cache holds."""
         if self.call is None:
-            raise RuntimeError("a fast-weight MLP runs only inside InPlaceTTT*Model.forward")
+            raise _unsupported(f"the fast weight of layer {self.layer_idx} got nothing from InPlaceTTT*Model.forward")
         z_BTF = self.act_fn(self.gate_proj(x_BTD)) * self.up_proj(x_BTD)
         if z_BTF.shape[-1] != self.d_ff:
             raise NotImplementedError("tensor parallelism over the feed-forward axis is not supported")
@@ -218,7 +274,12 @@ class InPlaceTTTMLP(nn.Module):
         new = (z_BTF, source_BTD.to(z_BTF.device), self.call.valid_BT.to(z_BTF.device))
         update_BTD, scale_BTD, state = advance(*new, state)
         if self.cache is not None:
+            stored = self.cache.get_seq_length(self.layer_idx)
+            if stored != state.columns:
+                raise _unsupported(f"layer {self.layer_idx} has {stored} columns of keys for {state.columns} tokens")
+            state.key_BX = self.cache.newest_key(self.layer_idx)
             self.cache.fast_weights[self.layer_idx] = state
+        self.call.reached.append(self.layer_idx)
         if update_BTD is None:
             return base_BTD
         out_BTD = base_BTD.float() + update_BTD
@@ -321,6 +382,14 @@ def _pick(parts: list[torch.Tensor | None], index_BT: torch.Tensor, default: flo
     return joined.gather(1, index_BT[:, :, None].expand(-1, -1, some.shape[2]))
 
 
+def _find_cache(values: Iterable[Any]) -> Any:
+    """Returns the cache among arguments or outputs, whatever its name; ``None`` if there is none."""
+    found = [value for value in values if isinstance(value, Cache) or hasattr(value, "get_seq_length")]
+    if any(cache is not found[0] for cache in found):
+        raise _unsupported("one call has two caches")
+    return found[0] if found else None
+
+
 class _LayerMixin(_Stock):
     """A decoder layer that hands the call to its fast-weight MLP; the stock forward stays as it is."""
 
@@ -336,7 +405,10 @@ class _LayerMixin(_Stock):
         if not isinstance(self.mlp, InPlaceTTTMLP):
             return super().forward(hidden_states, *args, **kwargs)
         # The attention's own cache argument: gradient checkpointing sets it to None, then no state may be kept.
-        self.mlp.call, self.mlp.cache = ttt_call, kwargs.get("past_key_values")
+        cache = _find_cache((*args, *kwargs.values()))
+        if cache is not None and not isinstance(cache, InPlaceTTTCache):  # the stock decoder has just made it
+            InPlaceTTTCache.adopt(cache, [self.mlp.layer_idx])
+        self.mlp.call, self.mlp.cache = ttt_call, cache
         try:
             return super().forward(hidden_states, *args, **kwargs)
         finally:
@@ -361,6 +433,8 @@ class _LoadMixin(_Stock):
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if not model.config.ttt_mode:  # the plain model on purpose
+            info["unexpected_keys"] = [key for key in info["unexpected_keys"] if ".mlp.ttt_" not in key]
         for problem, keys in (("are missing", info["missing_keys"]), ("have no layer", info["unexpected_keys"])):
             names = sorted(key for key in keys if ".mlp.ttt_" in key)
             if names:
@@ -378,6 +452,9 @@ class _ModelMixin(_LoadMixin):
     def __init__(self, config: Any):
         settings = read_settings(config)  # fails before anything is built
         super().__init__(config)
+        unknown = set(_ARGUMENTS) - inspect.signature(super().forward).parameters.keys()
+        if unknown:
+            raise _unsupported(f"the stock decoder takes no {', '.join(sorted(unknown))}")
         self.ttt_settings = settings
         self.layers = nn.ModuleList([self.layer_class(config, i) for i in range(config.num_hidden_layers)])
         self.post_init()
@@ -387,41 +464,57 @@ class _ModelMixin(_LoadMixin):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Any = None,
+        *,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        **kwargs: Any,
+        **kwargs: Any,  # the cache among them, whose name depends on the release
     ) -> Any:
         """As the stock forward. ``attention_mask`` is B x (cached + T), 0 at padding, on either side."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        use_cache = use_cache and not (self.training and self.gradient_checkpointing)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        cache, call = _find_cache(kwargs.values()), None
         if self.ttt_settings is not None:
-            valid_BT = _valid_tokens(inputs_embeds, attention_mask, position_ids, kwargs)
-            kwargs["ttt_call"] = _Call(valid_BT, inputs_embeds)
-            if past_key_values is not None:
-                InPlaceTTTCache.adopt(past_key_values)
+            if cache is not None:
+                InPlaceTTTCache.adopt(cache, self.ttt_settings.layers)
+            call = _Call(_valid_tokens(inputs_embeds, attention_mask, position_ids, cache, kwargs), inputs_embeds)
+            kwargs["ttt_call"] = call
         window = None if self.knows_window else getattr(self.config, "sliding_window", None)
         if window is not None:
             kwargs["sliding_window"] = window  # flash attention cuts by this argument instead of a mask
-            attention_mask = _window_mask(self.config, inputs_embeds, attention_mask, position_ids, past_key_values)
-        return super().forward(
+            attention_mask = _window_mask(self.config, inputs_embeds, attention_mask, position_ids, cache)
+        output = super().forward(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
         )
+        if call is not None:
+            made = _find_cache(output.to_tuple() if hasattr(output, "to_tuple") else output)
+            wants_cache = self.config.use_cache if use_cache is None else use_cache
+            recomputes = self.training and self.gradient_checkpointing  # then the stock decoder keeps no cache
+            if wants_cache and cache is None and made is None and not recomputes:
+                raise _unsupported("use_cache=True gave no cache")
+            self._check_reached(call, [each for each in (cache, made) if each is not None])
+        return output
+
+    def _check_reached(self, call: _Call, caches: list[Any]) -> None:
+        """Raises unless every fast weight has run once, and has seen as many columns as the attention beside it."""
+        layers = self.ttt_settings.layers
+        if sorted(call.reached) != list(layers):
+            raise _unsupported(f"fast weights ran in layers {sorted(call.reached)} instead of {list(layers)}")
+        for cache in caches:
+            states = cache.fast_weights if isinstance(cache, InPlaceTTTCache) else {}
+            for layer in layers:
+                seen = states[layer].columns if layer in states else 0
+                if cache.get_seq_length(layer) != seen:
+                    raise _unsupported(f"the cache of layer {layer} did not reach its fast weight")
 
 
 def _valid_tokens(
-    embeds_BTD: torch.Tensor, attention_mask: Any, position_ids: Any, kwargs: dict[str, Any]
+    embeds_BTD: torch.Tensor, attention_mask: Any, position_ids: Any, cache: Any, kwargs: dict[str, Any]
 ) -> torch.Tensor:
     """Returns which of this call's tokens are real, as bool B T."""
     rows, tokens = embeds_BTD.shape[:2]
@@ -433,6 +526,12 @@ def _valid_tokens(
         return torch.ones(rows, tokens, dtype=torch.bool, device=embeds_BTD.device)
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
         raise NotImplementedError("fast weights need the 2D attention_mask (rows x columns), not a prepared one")
+    past = 0 if cache is None else cache.get_seq_length()
+    if attention_mask.shape[1] != past + tokens:
+        raise ValueError(
+            f"attention_mask has {attention_mask.shape[1]} columns for {past} in the cache and {tokens} in this call; "
+            "it needs one for each, and all earlier calls need the same cache"
+        )
     return attention_mask[:, -tokens:].to(embeds_BTD.device).bool()
 
 
@@ -445,10 +544,13 @@ def _window_mask(config: Any, embeds_BTD: torch.Tensor, attention_mask: Any, pos
         "input_embeds": embeds_BTD,  # its name before 5.0
         "attention_mask": attention_mask,
         "cache_position": torch.arange(past, past + embeds_BTD.shape[1], device=embeds_BTD.device),  # before 5.0
-        "past_key_values": cache,
+        "past_key_values": cache,  # its name before 5.24
+        "cache": cache,
         "position_ids": position_ids,
     }
     known = inspect.signature(create_sliding_window_causal_mask).parameters
+    if not {"past_key_values", "cache"} & known.keys():
+        raise _unsupported("the mask of a sliding window takes no cache")
     return create_sliding_window_causal_mask(**{key: value for key, value in choices.items() if key in known})
 
 
@@ -495,3 +597,11 @@ class InPlaceTTTLlamaForCausalLM(_CausalLMMixin, LlamaForCausalLM):
     """Llama with fast weights and a language-model head."""
 
     model_class = InPlaceTTTLlamaModel
+
+
+for _auto_class, _classes in (
+    ("AutoModel", (InPlaceTTTQwen3Model, InPlaceTTTLlamaModel)),
+    ("AutoModelForCausalLM", (InPlaceTTTQwen3ForCausalLM, InPlaceTTTLlamaForCausalLM)),
+):
+    for _class in _classes:
+        _class.register_for_auto_class(_auto_class)  # so that save_pretrained copies this file; newer releases do it

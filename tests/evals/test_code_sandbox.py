@@ -7,7 +7,9 @@ own, and says so by ending without an exception.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
 import signal
 import socket
 import tempfile
@@ -89,6 +91,88 @@ def test_files_are_small():
     assert run(one) == Verdict("failed", "OSError: [Errno 27] File too large")
     many = "for i in range(3):\n  with open(str(i), 'wb') as file: file.write(bytes(8 << 20))"
     assert run(many) == Verdict("failed", "OSError: [Errno 28] No space left on device")
+
+
+# Name of a system call, its number on x86_64 and aarch64, and arguments for which a kernel that does not forbid it says
+# something else than EPERM to a user without privileges.
+FORBIDDEN = {
+    "shmget": (29, 194, "0, 4096, 0o1600"),
+    "semget": (64, 190, "0, 1, 0o1600"),
+    "msgget": (68, 186, "0, 0o1600"),
+    "memfd_create": (319, 279, "b'x', 0"),
+    "ptrace": (101, 117, "0, 0, 0, 0"),
+    "mount": (165, 40, "1, 1, 1, 0, 0"),
+    "add_key": (248, 217, "1, 1, 0, 0, 0"),
+    "request_key": (249, 218, "1, 1, 1, 0"),
+    "keyctl": (250, 219, "9999"),
+    "unshare": (272, 97, "0"),
+    "setns": (308, 268, "-1, 0"),
+    "perf_event_open": (298, 241, "0, 0, -1, -1, -1"),
+    "bpf": (321, 280, "0, 1, 1 << 20"),
+    "userfaultfd": (323, 282, "1 | 1 << 20"),  # 1: for user mode only, which needs no privilege
+    "io_uring_setup": (425, 425, "0, 0"),
+}
+FAMILIES = {"AF_UNIX": 1, "AF_INET": 2}
+LARGEST_FAMILY = 45  # of the kernel's header
+
+
+def errors_of(calls: list[str]) -> list[str]:
+    """Returns how each system call ends in the sandbox: ``EPERM``, another error, or nothing."""
+    program = f"""
+import ctypes, errno
+libc = ctypes.CDLL(None, use_errno=True)
+said = []
+for arguments in [{", ".join(f"({each},)" for each in calls)}]:
+    ctypes.set_errno(0)
+    failed = libc.syscall(*(ctypes.c_long(a) if isinstance(a, int) else a for a in arguments)) == -1
+    said.append(ctypes.get_errno() if failed else 0)
+raise SystemExit(" ".join(map(str, said)))
+"""
+    verdict = run(program)
+    assert verdict.detail.startswith("SystemExit: "), verdict
+    return [errno.errorcode.get(int(each), "") for each in verdict.detail.removeprefix("SystemExit: ").split()]
+
+
+def number_of(column_x86: int, column_aarch64: int) -> int:
+    return {"x86_64": column_x86, "aarch64": column_aarch64}[os.uname().machine]
+
+
+@pytest.fixture(scope="module")
+def errors():
+    calls = [f"{number_of(*numbers)}, {arguments}" for *numbers, arguments in FORBIDDEN.values()]
+    return dict(zip(FORBIDDEN, errors_of(calls), strict=True))
+
+
+@pytest.mark.parametrize("name", FORBIDDEN)
+def test_a_forbidden_system_call(errors, name):
+    assert errors[name] == "EPERM"
+
+
+def test_every_forbidden_system_call_is_tested():
+    assert {name: numbers[:2] for name, numbers in FORBIDDEN.items()} == confine._FORBIDDEN
+    assert confine._SOCKET_FAMILIES == FAMILIES
+
+
+@pytest.fixture(scope="module")
+def errors_of_families():
+    """By call, what the kernel says to each family of sockets."""
+    families = range(LARGEST_FAMILY + 1)
+    pair, single = number_of(53, 199), number_of(41, 198)
+    return {
+        "socket": errors_of([f"{single}, {family}, 2, 0" for family in families]),
+        "socketpair": errors_of([f"{pair}, {family}, 2, 0, (ctypes.c_int * 2)()" for family in families]),
+        "socket, sign extended": errors_of([f"{single}, {family} | 1 << 32, 2, 0" for family in families]),
+    }
+
+
+@pytest.mark.parametrize("family", range(LARGEST_FAMILY + 1))
+def test_a_socket_of_another_family_is_refused(errors_of_families, family):
+    refused = {name: errors[family] == "EPERM" for name, errors in errors_of_families.items()}
+    assert set(refused.values()) == {family not in FAMILIES.values()}, refused
+
+
+def test_an_event_loop_runs():
+    assert run("import asyncio\nassert asyncio.run(asyncio.sleep(0, 5)) == 5") == Verdict("passed")
 
 
 @pytest.mark.parametrize("family", ["AF_INET", "AF_UNIX"])
@@ -244,6 +328,35 @@ def test_endings_that_are_no_verdict_do_not_pass():
     assert run("raise ValueError('x' * 10_000)").detail == "ValueError: " + "x" * 188
 
 
+# What is wrong with one program, and a part of the reason.
+UNUSUAL = {
+    "too large": ("x = 0" + " " * (1 << 20), "a program of 1,048,581 bytes, more than 1,048,576"),
+    "not to be encoded": ("x = '\ud800'", "UnicodeEncodeError: 'utf-8' codec can't encode character '\\\\ud800'"),
+    "a zero byte": ("x = 0\0", "null bytes"),
+    "nested": ("(" * 5000 + ")" * 5000, "nested|overflow|Recursion"),
+    "an error without a text": (
+        "class Mute(Exception):\n  def __str__(self): raise SystemExit(0)\nraise Mute", "ended by itself",
+    ),
+    "a signal without a name": ("import os; os.kill(os.getpid(), 40)", "signal 40"),
+    "a verdict of its own": ("import os; os.write(3, b'[' * 4000); os._exit(0)", "ended by itself with status 0"),
+    "a verdict of another kind": ("import os; os.write(3, b'{\"error\": [1]}'); os._exit(0)", "ended by itself"),
+}  # fmt: skip
+
+
+def test_an_unusual_program_fails_alone():
+    programs = [*(program for program, _ in UNUSUAL.values()), "x = 1"]
+    verdicts = dict(run_programs(programs, LIMITS))
+    for number, (name, (_, reason)) in enumerate(UNUSUAL.items()):
+        assert verdicts[number].outcome in ("failed", "killed"), name
+        assert re.search(reason, verdicts[number].detail), (name, verdicts[number])
+    assert verdicts[len(UNUSUAL)] == Verdict("passed")
+
+
+def test_the_largest_program_runs():
+    text = "x = 1  # ✓"
+    assert run(text + "#" * (confine.PROGRAM_BYTES - len(text.encode()))) == Verdict("passed")
+
+
 def test_output_goes_nowhere():
     assert run("import sys\nfor _ in range(100): print('x' * 10**6); sys.stderr.write('y' * 10**6)") == Verdict(
         "passed"
@@ -265,6 +378,7 @@ HOLES = {
         "bar to new privileges|system call filter",
     ),
     "calls": ('require("system call filter", forbid_system_calls)', "pass", "system call filter"),
+    "families": ("(equal, each, allowed_at + 1) for", "(equal, each, allowed_at) for", "filter of socket families"),
 }
 
 

@@ -113,6 +113,21 @@ def test_options_belong_to_their_prompts():
     assert stopped == whole[: whole.index(whole[1])]
 
 
+def test_a_prompt_without_a_token_is_answered_among_the_others():
+    """It starts after the end of a document, like a likelihood without context."""
+    first, empty, last = respondent().complete(["first", "", "last"], [GREEDY] * 3)
+    assert [first, last] == respondent().complete(["first", "last"], [GREEDY] * 2)
+    document = [256]
+    for _ in range(GREEDY["max_gen_toks"]):
+        document.append(int(np.argmax(forward_logits([document] * len(PAIRS), 0.5)[0, len(document) - 1])))
+    assert empty == ByteTokenizer().decode(document[1 : (document[1:] + [256]).index(256) + 1])
+
+
+@pytest.mark.parametrize("nulls", [{"until": []}, {"until": [None]}, {"until": [""]}, {"top_k": None, "top_p": None}])
+def test_keywords_without_a_value_are_the_usual_ones(nulls):
+    assert respondent().complete(["a prompt"], [{**GREEDY, **nulls}]) == respondent().complete(["a prompt"], [GREEDY])
+
+
 def test_few_lengths_serve_all_documents():
     lengths = [padded_length(tokens, BYTES) for tokens in range(1, 32 * CHUNK + 1)]
     assert sorted({length // CHUNK for length in lengths}) == [*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32]
@@ -134,12 +149,20 @@ def test_arguments_are_checked(arguments, message):
         load_respondent(**arguments)
 
 
+@pytest.fixture(scope="module")
+def lm_eval(tmp_path_factory):
+    """The library, which knows our model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hf")))
+        module = pytest.importorskip("lm_eval", reason="needs the harness extra (pip install 'intttrain[harness]')")
+        register_model(lambda **_: respondent())
+        yield module
+
+
 @pytest.mark.harness
 @pytest.mark.filterwarnings("ignore")  # of the libraries that lm_eval brings
-def test_the_harness_asks_and_scores(tmp_path, monkeypatch):
+def test_the_harness_asks_and_scores(lm_eval):
     """Two tasks with data of their own: a choice by likelihood, whose answers are known, and a continuation."""
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
-    lm_eval = pytest.importorskip("lm_eval", reason="needs the harness extra (pip install 'intttrain[harness]')")
     import datasets
 
     model = respondent()
@@ -168,7 +191,6 @@ def test_the_harness_asks_and_scores(tmp_path, monkeypatch):
         "task": "rolling", "output_type": "loglikelihood_rolling", "doc_to_text": "",
         "doc_to_target": "{{question}}", "metric_list": [{"metric": "byte_perplexity"}],
     }  # fmt: skip
-    register_model(lambda **_: model)
     results = lm_eval.simple_evaluate(
         model="intttrain", tasks=[choice, continuation, rolling], batch_size=ROWS, bootstrap_iters=0
     )["results"]
@@ -177,3 +199,28 @@ def test_the_harness_asks_and_scores(tmp_path, monkeypatch):
     nll = -sum(model.score([([256], list(c.encode()))])[0][0] for c in contexts)
     expected = np.exp(nll / sum(len(c.encode()) for c in contexts))
     assert results["rolling"]["byte_perplexity,none"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.harness
+@pytest.mark.filterwarnings("ignore")  # of the libraries that lm_eval brings
+def test_empty_requests_leave_the_others_their_answers(lm_eval):
+    """Empty prompts, contexts, continuations and texts, among others."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.registry import get_model
+
+    model = get_model("intttrain")()
+
+    def ask(kind: str, *requests: tuple[Any, ...]) -> list[Any]:
+        return getattr(model, kind)([Instance(kind, {}, args, 0) for args in requests], disable_tqdm=True)
+
+    def scores(*pairs: tuple[list[int], bytes]) -> list[tuple[float, bool]]:
+        return respondent().score([(context, list(wanted)) for context, wanted in pairs])
+
+    expected = scores(([256], b"a"), ([256], b" a"), (list(b"context"), b" a"))
+    found = ask("loglikelihood", ("", "a"), ("", ""), (" ", "a"), ("context", ""), ("context", " a"))
+    assert [found[0], found[2], found[4]] == expected
+    assert found[1] == found[3] == (0.0, True)
+    assert ask("loglikelihood_rolling", ("a",), ("",)) == [expected[0][0], 0.0]
+    prompts = ("first", ""), ("", "first")
+    texts = [ask("generate_until", *((prompt, dict(GREEDY)) for prompt in order)) for order in prompts]
+    assert texts[0] == texts[1][::-1]

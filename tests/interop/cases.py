@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -57,3 +58,11 @@ def export(model: ModelConfig, output: Path, params: dict[str, Any] | None = Non
 
 def random_tokens(rows: int, length: int, seed: int = 1) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, VOCAB, (rows, length))
+
+
+def cache_name() -> str:
+    """Returns what the installed transformers calls the cache, as an argument and in outputs (5.24 renamed it)."""
+    import transformers
+
+    known = inspect.signature(transformers.Qwen3ForCausalLM.forward).parameters
+    return next(name for name in ("cache", "past_key_values") if name in known)

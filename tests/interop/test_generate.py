@@ -7,13 +7,14 @@ import copy
 import numpy as np
 import pytest
 
-from tests.interop.cases import CHUNK, export, make_model, make_ttt, random_tokens
+from tests.interop.cases import CHUNK, cache_name, export, make_model, make_ttt, random_tokens
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.hf
 
 FP32 = {"rtol": 1e-4, "atol": 1e-4}
+CACHE = cache_name()
 
 MODELS = {
     "qwen3": make_model(),
@@ -60,7 +61,7 @@ def test_prefill_and_decode_equal_one_forward(model, prefill):
     out = model(tokens[:, :prefill], use_cache=True)
     steps = [out.logits]
     for t in range(prefill, tokens.shape[1]):
-        out = model(tokens[:, t : t + 1], past_key_values=out.past_key_values, use_cache=True)
+        out = model(tokens[:, t : t + 1], **{CACHE: out[CACHE]}, use_cache=True)
         steps.append(out.logits)
     torch.testing.assert_close(torch.cat(steps, dim=1), expected, **FP32)
 
@@ -76,7 +77,7 @@ def test_gradient_through_decoding_equals_that_of_one_forward(qwen3):
 
     expected = gradients(qwen3(tokens, use_cache=False).logits)
     cache = transformers.DynamicCache(config=qwen3.config)
-    steps = [qwen3(tokens[:, t : t + 1], past_key_values=cache).logits for t in range(tokens.shape[1])]
+    steps = [qwen3(tokens[:, t : t + 1], **{CACHE: cache}).logits for t in range(tokens.shape[1])]
     for name, gradient in gradients(torch.cat(steps, dim=1)).items():
         scale = expected[name].abs().max()
         torch.testing.assert_close(gradient / scale, expected[name] / scale, rtol=0, atol=1e-4, msg=name)
@@ -102,7 +103,7 @@ def test_several_pieces_with_padding_on_both_sides(tmp_path, name, cuts):
             real[row, offset : offset + piece] = 1
         mask = torch.cat([mask, real], dim=1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -(piece + 2) :]
-        logits = model(tokens, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+        logits = model(tokens, attention_mask=mask, position_ids=positions, **{CACHE: cache}).logits
         for row in range(2):
             torch.testing.assert_close(logits[row][real[row] == 1], expected[row][start:stop], **FP32)
         start = stop
@@ -151,17 +152,17 @@ def test_beam_search_carries_the_state_along(qwen3):
 def test_caches(qwen3):
     tokens = torch.as_tensor(random_tokens(1, 2 * CHUNK + 3))
     prompt, rest = tokens[:, : CHUNK + 2], tokens[:, CHUNK + 2 :]
-    shared = qwen3(prompt, use_cache=True).past_key_values
+    shared = qwen3(prompt, use_cache=True)[CACHE]
     copied = copy.deepcopy(shared)  # a prompt cache used twice
-    first = qwen3(rest, past_key_values=shared).logits
-    torch.testing.assert_close(qwen3(rest, past_key_values=copied).logits, first)
+    first = qwen3(rest, **{CACHE: shared}).logits
+    torch.testing.assert_close(qwen3(rest, **{CACHE: copied}).logits, first)
     torch.testing.assert_close(first, full(qwen3, tokens)[:, CHUNK + 2 :], **FP32)
     shared.reset()  # starts a new document
-    torch.testing.assert_close(qwen3(tokens, past_key_values=shared).logits, full(qwen3, tokens))
-    repeated = qwen3(prompt, use_cache=True).past_key_values
+    torch.testing.assert_close(qwen3(tokens, **{CACHE: shared}).logits, full(qwen3, tokens))
+    repeated = qwen3(prompt, use_cache=True)[CACHE]
     repeated.batch_repeat_interleave(2)
     repeated.batch_select_indices(torch.tensor([1]))
-    torch.testing.assert_close(qwen3(rest, past_key_values=repeated).logits, first)
+    torch.testing.assert_close(qwen3(rest, **{CACHE: repeated}).logits, first)
 
 
 @torch.no_grad()
@@ -170,13 +171,13 @@ def test_caches_that_cannot_carry_a_state_are_refused(qwen3):
     options = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 2, "pad_token_id": 0}
     with pytest.raises(NotImplementedError, match=r"prepared one|StaticCache is not supported"):
         qwen3.generate(tokens, cache_implementation="static", disable_compile=True, **options)
-    cache = qwen3(tokens, use_cache=True).past_key_values
+    cache = qwen3(tokens, use_cache=True)[CACHE]
     with pytest.raises(NotImplementedError, match="cannot be rolled back"):
         cache.crop(-1)
     for layer in cache.layers:  # behind the cache's back
         layer.crop(-1)
     with pytest.raises(NotImplementedError, match="holds 5 columns, but the fast weight of layer 0 has seen 6"):
-        qwen3(tokens[:, -1:], past_key_values=cache)
+        qwen3(tokens[:, -1:], **{CACHE: cache})
     stock = transformers.AutoModelForCausalLM.from_pretrained(qwen3.name_or_path).eval()
     with pytest.raises(ValueError, match="filled without fast weights"):
-        qwen3(tokens[:, -1:], past_key_values=stock(tokens, use_cache=True).past_key_values)
+        qwen3(tokens[:, -1:], **{CACHE: stock(tokens, use_cache=True)[CACHE]})

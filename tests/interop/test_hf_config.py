@@ -144,7 +144,15 @@ BROKEN = [
     ({"ttt_mode": None}, "ttt_mode missing beside"),
     ({"ttt_layers": [0, 3]}, r"ttt_layers=\[0, 3\] must be increasing layer indices from 0 to 2"),
     ({"ttt_target": "input_embeds"}, "did you mean 'input_embed'"),
-    ({"ttt_proj": False}, "ttt_proj=false"),
+    ({"ttt_layers": [0, 2.5]}, r"ttt_layers=\[0, 2.5\] must be increasing layer indices"),
+    ({"ttt_mode": "false"}, r"ttt_mode='false' must be true or false"),
+    ({"ttt_lr": -1}, "ttt_lr=-1 must be a finite number, at least 0"),
+    ({"ttt_lr": float("nan")}, "ttt_lr=nan must be"),
+    ({"ttt_lr": "3"}, "ttt_lr='3' must be"),
+    ({"ttt_chunk": 32.5}, "ttt_chunk=32.5 must be a whole number of tokens"),
+    ({"ttt_proj": False}, "ttt_proj=False is not supported"),
+    ({"ttt_proj": "false"}, "ttt_proj='false' is not supported"),
+    ({"intttrain_delta_clip": -1.0}, "delta_clip"),
     ({"intttrain_delta_klip": 1.0}, "did you mean 'intttrain_delta_clip'"),
 ]
 

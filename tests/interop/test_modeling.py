@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 
 from tests.interop import plain
-from tests.interop.cases import CHUNK, LLAMA3, YARN, export, make_model, make_params, make_ttt, random_tokens
+from tests.interop.cases import (
+    CHUNK,
+    LLAMA3,
+    YARN,
+    cache_name,
+    export,
+    make_model,
+    make_params,
+    make_ttt,
+    random_tokens,
+)
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -123,7 +134,7 @@ def test_half_precision_keeps_the_state_in_fp32(tmp_path):
     assert model.dtype == torch.bfloat16
     output = model(torch.as_tensor(random_tokens(2, 2 * CHUNK)), use_cache=True)
     assert output.logits.isfinite().all()
-    states = output.past_key_values.fast_weights
+    states = output[cache_name()].fast_weights
     assert sorted(states) == [0, 2]
     assert {state.s_BDF.dtype for state in states.values()} == {torch.float32}
 
@@ -156,6 +167,13 @@ def test_base_model_and_fresh_initialisation(tmp_path):
 # --- loud failures -------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported") / "out"
+    export(make_model(), folder)
+    return folder
+
+
 def edit_config(folder, **changes):
     config = json.loads((folder / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v != "DELETE"}))
@@ -166,19 +184,54 @@ def edit_config(folder, **changes):
     [
         ({"ttt_mode": "DELETE"}, "no ttt_mode"),
         ({"ttt_lr": "DELETE"}, "ttt_mode but no ttt_lr"),
-        ({"ttt_layers": [0, 3]}, "must be layer indices from 0 to 2"),
-        ({"ttt_target": "embeddings"}, "ttt_target='embeddings' is unknown"),
+        ({"ttt_mode": "false"}, r"ttt_mode='false' must be true or false \(no quotes\)"),
+        ({"ttt_mode": 1}, "ttt_mode=1 must be true or false"),
+        ({"ttt_lr": -1}, "ttt_lr=-1 must be a finite number, at least 0"),
+        ({"ttt_lr": float("nan")}, "ttt_lr=nan must be"),
+        ({"ttt_lr": float("inf")}, "ttt_lr=inf must be"),
+        ({"ttt_lr": "3"}, "ttt_lr='3' must be"),
+        ({"ttt_lr": True}, "ttt_lr=True must be"),
+        ({"ttt_chunk": 32.5}, "ttt_chunk=32.5 must be a whole number of tokens, at least 1"),
+        ({"ttt_chunk": 0}, "ttt_chunk=0 must be"),
+        ({"ttt_chunk": True}, "ttt_chunk=True must be"),
+        ({"ttt_layers": [0, 3]}, r"ttt_layers=\[0, 3\] must be increasing layer indices from 0 to 2"),
+        ({"ttt_layers": [-1, 0]}, "must be increasing layer indices"),
+        ({"ttt_layers": [0, 0, 2]}, "must be increasing layer indices"),
+        ({"ttt_layers": [0, "2"]}, "must be increasing layer indices"),
+        ({"ttt_layers": []}, "must be increasing layer indices"),
+        ({"ttt_layers": 2}, "must be increasing layer indices"),
+        ({"ttt_proj": False}, "ttt_proj=False must be true"),
+        ({"ttt_target": "embeddings"}, "ttt_target='embeddings' must be one of input_embed, hidden_states"),
+        ({"intttrain_delta_clip": 0.0}, "intttrain_delta_clip=0.0 must be a finite number above 0"),
+        ({"intttrain_delta_spectral": "1"}, "intttrain_delta_spectral='1' must be"),
+        ({"intttrain_preserve_row_norm": "yes"}, "intttrain_preserve_row_norm='yes' must be true or false"),
         ({"intttrain_future": 1}, "intttrain_future, which this modelling file does not know"),
         ({"ttt_layers": [0]}, r"disagree: .*layers.2.mlp.ttt_conv.weight.* have no layer"),
         ({"ttt_layers": [0, 1, 2]}, r"disagree: .*layers.1.mlp.ttt_conv.weight.* are missing"),
     ],
 )
-@pytest.mark.parametrize("door", ["AutoModelForCausalLM", "AutoModel"])
-def test_a_config_that_does_not_fit_fails_loudly(tmp_path, door, changes, message):
-    export(make_model(), tmp_path / "out")
-    edit_config(tmp_path / "out", **changes)
-    with pytest.raises(ValueError, match=message):
-        getattr(transformers, door).from_pretrained(tmp_path / "out", trust_remote_code=True)
+def test_a_config_that_does_not_fit_fails_loudly(exported, tmp_path, changes, message):
+    folder = tmp_path / "out"  # its name, so that all cases load one module
+    shutil.copytree(exported, folder)
+    edit_config(folder, **changes)
+    for door in (transformers.AutoModelForCausalLM, transformers.AutoModel):
+        with pytest.raises(ValueError, match=message) as caught:
+            door.from_pretrained(folder, trust_remote_code=True)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_the_mode_switched_off_is_the_stock_model(tmp_path, family):
+    export(make_model(family), tmp_path / "out")
+    stock = load(tmp_path / "out", trust_remote_code=False)
+    tokens = torch.as_tensor(random_tokens(1, 3 * CHUNK))
+    options = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    asked = load(tmp_path / "out", ttt_mode=False)
+    edit_config(tmp_path / "out", ttt_mode=False)
+    for off in (asked, load(tmp_path / "out")):
+        assert type(off).__name__.startswith("InPlaceTTT")
+        np.testing.assert_array_equal(run(off, tokens), run(stock, tokens))
+        assert off.generate(tokens, **options).tolist() == stock.generate(tokens, **options).tolist()
 
 
 def test_packed_rows_and_prepared_masks_are_refused(tmp_path):

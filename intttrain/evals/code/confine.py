@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 
 READY = b"ready\n"
 NOBODY = 65534  # user and group of the program, inside the namespace
+PROGRAM_BYTES = 1 << 20  # of the program's text
 FILE_BYTES = 16 << 20  # of one file, and of all files together
 OPEN_FILES = 32
 SAID_BYTES = 4096
@@ -84,6 +85,13 @@ _FORBIDDEN = {  # name: (x86_64, aarch64)
     "bpf": (321, 280),
     "userfaultfd": (323, 282),
     "io_uring_setup": (425, 425),
+}
+
+_SOCKET_CALLS = {"socket": (41, 198), "socketpair": (53, 199)}
+# The only kinds of sockets: every other one is a part of the kernel more, and not all stay inside the namespaces.
+_SOCKET_FAMILIES = {
+    "AF_UNIX": 1,  # the event loop of asyncio wakes itself by a pair
+    "AF_INET": 2,  # goes nowhere in an empty network namespace, which the probe shows by it
 }
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -154,7 +162,8 @@ def make_view(program: bytes, executable: str, libraries: list[str]) -> None:
     Read-only: the interpreter, the folders of libraries, the program. ``/sandbox`` is empty, writable and in memory.
     """
     call(_libc.mount, b"none", b"/", None, _MS_REC | _MS_PRIVATE, None)
-    call(_libc.mount, b"tmpfs", b"/tmp", b"tmpfs", _MS_NOSUID | _MS_NODEV, b"mode=755,size=1m")
+    data = f"mode=755,size={2 * PROGRAM_BYTES}".encode()
+    call(_libc.mount, b"tmpfs", b"/tmp", b"tmpfs", _MS_NOSUID | _MS_NODEV, data)
     os.makedirs("/tmp/old")
     call(_libc.syscall, _PIVOT_ROOT[os.uname().machine], b"/tmp", b"/tmp/old")
     os.chdir("/")
@@ -218,16 +227,26 @@ def limit_resources(seconds: float, memory_mib: int) -> None:
 
 
 def forbid_system_calls() -> None:
-    """Installs a filter after which the calls of ``_FORBIDDEN`` fail with EPERM."""
+    """Installs a filter after which the calls of ``_FORBIDDEN``, and sockets of other families, fail with EPERM."""
     machine = os.uname().machine
     column = list(AUDIT_ARCH).index(machine)
-    numbers = [both[column] for both in _FORBIDDEN.values()]
+    forbidden, sockets = ([both[column] for both in calls.values()] for calls in (_FORBIDDEN, _SOCKET_CALLS))
     load, equal, at_least, leave = 0x20, 0x15, 0x35, 0x06
     kill, allow, refuse = 0x80000000, 0x7FFF0000, 0x00050001
-    code = [(load, 0, 0, 4), (equal, 1, 0, AUDIT_ARCH[machine]), (leave, 0, 0, kill), (load, 0, 0, 0)]
-    code.append((at_least, len(numbers) + 1, 0, 0x40000000))  # the x32 calls of x86_64 have numbers from there on
-    code += [(equal, len(numbers) - i, 0, number) for i, number in enumerate(numbers)]
-    code += [(leave, 0, 0, allow), (leave, 0, 0, refuse)]
+    number, architecture, argument = 0, 4, 16  # where the kernel shows them; of the argument the half that counts
+    code = [(load, 0, 0, architecture), (equal, 1, 0, AUDIT_ARCH[machine]), (leave, 0, 0, kill), (load, 0, 0, number)]
+    # Jumps are counted from the next line on. The x32 calls of x86_64 have numbers from 0x40000000 on.
+    allowed_at = len(code) + 1 + len(forbidden) + len(sockets)
+    refused_at = allowed_at + 2 + len(_SOCKET_FAMILIES)
+    for test, value, target in [
+        (at_least, 0x40000000, refused_at),
+        *((equal, each, refused_at) for each in forbidden),
+        *((equal, each, allowed_at + 1) for each in sockets),
+    ]:
+        code.append((test, target - len(code) - 1, 0, value))
+    code += [(leave, 0, 0, allow), (load, 0, 0, argument)]
+    code += [(equal, refused_at - len(code) - i, 0, family) for i, family in enumerate(_SOCKET_FAMILIES.values())]
+    code += [(leave, 0, 0, refuse), (leave, 0, 0, allow)]
     instructions = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
     call(_libc.prctl, _PR_SET_SECCOMP, 2, struct.pack("HxxxxxxQ", len(code), ctypes.addressof(instructions)), 0, 0)
 

@@ -44,6 +44,7 @@ must_fail("network namespace", errno.ENETUNREACH, socket.create_connection, ("12
 must_fail("limit of processes", errno.EAGAIN, lambda: os.fork() or os._exit(0))
 must_fail("limit of memory", errno.ENOMEM, bytearray, {memory})
 must_fail("system call filter", errno.EPERM, os.memfd_create, "probe")
+must_fail("filter of socket families", errno.EPERM, socket.socket, socket.AF_NETLINK, socket.SOCK_RAW)
 """
 
 
@@ -101,14 +102,20 @@ def run_program(program: str, limits: Limits) -> Verdict:
     Raises:
       UserError: a layer of the sandbox is not to be had.
     """
-    facts = _facts(program, limits)
+    try:
+        source = program.encode()
+    except UnicodeEncodeError as error:  # a text that no file can hold
+        return Verdict("failed", f"UnicodeEncodeError: {error}"[:200])
+    if len(source) > confine.PROGRAM_BYTES:
+        return Verdict("failed", f"a program of {len(source):,} bytes, more than {confine.PROGRAM_BYTES:,}")
+    facts = _facts(source, limits)
     status, said = facts["status"], _parsed(facts["said"])
     if facts["timed_out"]:
         return Verdict("timed_out", f"{limits.seconds:g} s")
     if status == -signal.SIGKILL:
         return Verdict("killed", "CPU time")
     if status < 0:
-        return Verdict("killed", signal.Signals(-status).name)
+        return Verdict("killed", _signal_name(-status))
     match said:
         case {"error": None}:
             return Verdict("passed")
@@ -119,7 +126,14 @@ def run_program(program: str, limits: Limits) -> Verdict:
     return Verdict("failed", f"ended by itself with status {status}")
 
 
-def _facts(program: str, limits: Limits) -> dict[str, Any]:
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal in the middle of their range
+        return f"signal {number}"
+
+
+def _facts(program: bytes, limits: Limits) -> dict[str, Any]:
     """Returns what ``confine.py`` reports about ``program``."""
     executable, *libraries = _visible_paths()
     options = limits._asdict() | {"executable": executable, "libraries": libraries}
@@ -133,7 +147,7 @@ def _facts(program: str, limits: Limits) -> dict[str, Any]:
             answer = process.stdout.readline()
             if answer == confine.READY:
                 _map_ids(process.pid)
-                process.stdin.write(program.encode(errors="replace"))
+                process.stdin.write(program)
                 process.stdin.close()
                 answer = process.stdout.readline()
         finally:
@@ -172,7 +186,7 @@ def _map_ids(pid: int) -> None:
 def _parsed(said: str) -> Any:
     try:
         return json.loads(said)
-    except ValueError:
+    except (ValueError, RecursionError):  # programs can write there themselves
         return None
 
 
