@@ -91,7 +91,7 @@ def read_run_id(workdir: Place) -> str:
       UserError: the file is damaged.
     """
     path = workdir / ID_FILE
-    text = path.read_text(encoding="utf-8", errors="replace").strip()
+    text = path.read_bytes().decode(errors="replace").strip()
     if not re.fullmatch("[0-9a-f]{16}", text):
         raise UserError(
             f"{path} holds {text[:40]!r}, not an id of 16 hexadecimal digits; restore it, or delete it: the run gets "

@@ -96,13 +96,15 @@ def _http_status(error: BaseException) -> int | None:
     """Returns the status of an answer that a library of HTTP raised."""
     response = getattr(error, "response", None)
     for value in (getattr(error, "status", None), getattr(error, "code", None), getattr(response, "status_code", None)):
-        if str(value).isdecimal() and 400 <= int(value) < 600:
-            return int(value)
+        if re.fullmatch("[45][0-9][0-9]", str(value)):
+            return int(str(value))
     return None
 
 
 def reason_of(error: BaseException) -> str:
-    """Returns what an exception of any library says, in one line of at most 200 characters."""
+    """Returns what an exception of any library says, in one line of at most 200 characters (ours are one line)."""
+    if isinstance(error, UserError):
+        return str(error)
     plain = error.strerror if type(error).__module__ == "builtins" and isinstance(error, OSError) else None
     return " ".join((plain or str(error).strip() or type(error).__name__).split())[:200]
 

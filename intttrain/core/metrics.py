@@ -23,7 +23,7 @@ from intttrain.core.files import append_line
 from intttrain.core.goodput import GOODPUT_FILE, GoodputWriter, Stopwatch
 from intttrain.core.progress import Number, Stream, human_count, human_duration
 from intttrain.core.retries import retried
-from intttrain.core.side_channels import SideChannel, Writer
+from intttrain.core.side_channels import KEPT_RECORDS, SideChannel, Writer
 from intttrain.core.streams import print_line, say
 from intttrain.core.weights_and_biases import WandbRun, start_wandb
 
@@ -92,8 +92,8 @@ def make_metric_writers(
     if process_index != 0:
         return MetricWriters(())
 
-    def start(name: str, make: Callable[[], Writer], **options: int) -> None:
-        writers.append(SideChannel(name, retried(make, f"{name} cannot be opened", report), report, **options))
+    def start(name: str, make: Callable[[], Writer], kept: int = KEPT_RECORDS) -> None:
+        writers.append(SideChannel(name, retried(make, f"{name} cannot be opened", report), report, kept=kept))
 
     writers: list[Writer] = []
     if wandb_run is not None and (entry := start_wandb(wandb_run, workdir, report)) is not None:

@@ -235,6 +235,7 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
 
     def _stood_still(self) -> str:
         """Returns why the others may have given this process up."""
+        self._clock()  # which may be the first to notice
         still_s = self._clock.stood_still_s
         return f" (this process itself stood still for {still_s:.0f} s)" if still_s > _TOLD_S else ""
 

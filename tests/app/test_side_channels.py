@@ -88,7 +88,13 @@ def test_step_times_that_cannot_be_written_end_nothing(
     assert steps(tmp_path / "run")[-1] == NUM_STEPS
 
 
-@pytest.mark.parametrize("redirection", ["| head -1", ">&-", "2>&1 >&- | head -1", "2>&-", "> /dev/full"])
+@pytest.mark.parametrize(
+    "redirection",
+    [
+        "| head -1",
+        *(pytest.param(other, marks=pytest.mark.slow) for other in (">&- 2>&-", "2>&1 | head -1", "> /dev/full")),
+    ],
+)
 def test_standard_output_that_nobody_takes_ends_nothing(redirection: str, world: World, tmp_path: Path) -> None:
     workdir = tmp_path / "run"
     flags = f"{world.config} --workdir={workdir} --config.train.num_steps=6"
@@ -125,7 +131,8 @@ def test_a_save_in_the_background_that_fails_for_a_reason_that_passes_is_made_ag
 ) -> None:
     Failing(monkeypatch, os, "rename", STALE, range(1, 2))
     err = done("train", world.config, f"--workdir={tmp_path / 'run'}").err
-    assert "warning: checkpoint step 4 could not be written to" in err and "; saving step " in err
+    assert "checkpoint step 4 could not be written to" in err and "Stale file handle" in err
+    assert "; saving step " in err or "step 8 cannot be saved" in err, "noticed at a step, or when the next save waits"
     assert 4 not in steps(tmp_path / "run") and len(steps(tmp_path / "run")) >= 2
     assert_same_run(tmp_path / "run", straight)
 

@@ -1,4 +1,4 @@
-"""A server of Weights & Biases in this process: as much of it as a run of the `wandb` package uses, and its failures."""
+"""A server of Weights & Biases in this process: as much of it as the `wandb` package uses, and its failures."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class FakeWandbServer:
             self.entries.append(variables)
             project = {"id": "p", "name": variables.get("project"), "entity": {"id": "e", "name": "me"}}
             kept = {key: variables.get(key) for key in ("name", "displayName", "config")}
-            bucket = {"id": "b", "description": None, "sweepName": None, "historyLineCount": 0, "project": project} | kept
+            bucket = kept | {"id": "b", "historyLineCount": 0, "project": project}
             return {"upsertBucket": {"bucket": bucket, "inserted": True}}
         if name[1] == "CreateRunFiles":
             files = [{"name": file, "uploadUrl": f"{self.url}/upload/{file}"} for file in variables["files"]]
