@@ -329,6 +329,9 @@ def test_standing_still(stopped: int, tmp_path: Path) -> None:
         text = run.output(other)
         assert f"watchdog: process {other} (host {HOST}): nothing finished for 10 s while training" in text
         assert 'watched.py", line' in text, "the stack of the main thread"
+        run.all[stopped].send_signal(signal.SIGCONT)
+        assert run.status(stopped) in (RESTART_STATUS, -signal.SIGABRT)
+        assert "stood still for " in run.error_line(stopped), "why the others gave it up"
 
 
 def test_failing_alone(tmp_path: Path) -> None:
