@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from intttrain.core.goodput import GOODPUT_FILE
 from intttrain.core.metrics import METRICS_FILE
 from intttrain.core.progress import human_count
 from intttrain.core.stages import make_stages
+from intttrain.core.streams import finish_streams, print_line, say
 from intttrain.core.watchdog import Watchdog
 from intttrain.core.workdir import Workdir, make_place
 from intttrain.data import prepare
@@ -31,8 +33,8 @@ from intttrain.interop import export_model
 
 
 def report(line: str) -> None:
-    """Prints progress to standard error; standard output is for results."""
-    print(line, file=sys.stderr, flush=True)
+    """Prints progress to standard error, if it can be written; standard output is for results."""
+    say(line)
 
 
 def _finish(values: flags.FlagValues, result: dict[str, Any]) -> int:
@@ -107,9 +109,12 @@ def train_model(values: flags.FlagValues) -> int:
         return status
     loss = f", loss {result.metrics['loss']:.4f}" if "loss" in result.metrics else ""
     if result.finished:
-        print(f"finished at step {result.step}{loss}; checkpoint in {place / 'checkpoints'}")
+        end = f"finished at step {result.step}{loss}; checkpoint in {place / 'checkpoints'}"
     else:
-        print(f"stopped at step {result.step} of {config.train.num_steps}{loss}; saved: run the same command to go on")
+        end = f"stopped at step {result.step} of {config.train.num_steps}{loss}; saved: run the same command to go on"
+    with contextlib.suppress(OSError, ValueError):  # a run that is saved does not fail because nobody listens
+        print_line(end, sys.stdout)
+    finish_streams()
     _finish(values, {"step": result.step, "finished": result.finished, "metrics": result.metrics})
     return status
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
@@ -13,23 +14,26 @@ from intttrain.app.hosts import check_same_newest, check_shared
 from intttrain.app.interrupts import Interrupts
 from intttrain.app.live import LiveEvaluation
 from intttrain.app.observe import StepProfile
-from intttrain.app.runs import Identity, claim_workdir, make_identity, parameter_counts
+from intttrain.app.runs import Identity, claim_workdir, make_identity, parameter_counts, read_run_id
 from intttrain.app.skips import BadStep, Skips
 from intttrain.app.step_log import StepLog
 from intttrain.core.agreement import on_first_process
 from intttrain.core.compiler import keep_programs
 from intttrain.core.config import Config
 from intttrain.core.coordination import open_key_value_store
-from intttrain.core.distributed import process_index
-from intttrain.core.errors import UserError
+from intttrain.core.distributed import process_count, process_index
+from intttrain.core.errors import PassingError, UserError, passes
 from intttrain.core.files import write_json
 from intttrain.core.goodput import GOODPUT_FILE, Stopwatch, summarise_goodput
 from intttrain.core.metrics import MetricWriters, make_metric_writers
 from intttrain.core.progress import human_count
+from intttrain.core.retries import retried
 from intttrain.core.sharding import check_evaluation
+from intttrain.core.side_channels import ending_nothing
 from intttrain.core.stages import Stage, make_stages, stage_after
 from intttrain.core.step_times import STEP_TIMES_FILE, StepTimes
 from intttrain.core.watchdog import Watchdog
+from intttrain.core.weights_and_biases import WandbRun
 from intttrain.core.workdir import Workdir
 from intttrain.data import Batch, make_batches, make_row_dataset
 from intttrain.train import Checkpoints, Program, TrainState, check_compatible, make_program
@@ -66,14 +70,16 @@ def train(
 
     Raises:
       UserError: input that does not fit together, an occupied workdir, a checkpoint that cannot be written.
+      PassingError: storage or a network did not come back in time; saved, if that was possible.
       UnhealthyStepsError: too many steps were not applied (``train.skip``); the state before them is saved.
     """
     stopwatch = Stopwatch()
     stages = make_stages(config)
     programs = [_make_program(stage) for stage in stages]  # compiles nothing: what does not fit is refused here
-    identity = make_identity(config)
+    identity = retried(lambda: make_identity(config), "the stores cannot be read", report)
     evaluation = LiveEvaluation(config, report)
-    on_first_process(lambda: claim_workdir(workdir.place, identity))
+    claim = functools.partial(claim_workdir, workdir.place, identity)
+    on_first_process(lambda: retried(claim, f"{workdir.place} cannot be claimed", report))
     check_shared(workdir.place)
     keep_programs(workdir.place)
     with (
@@ -87,12 +93,12 @@ def train(
         progress = _start(config, stages, programs, checkpoints, newest, identity, report)
         with make_metric_writers(
             workdir.folder, num_steps=config.train.num_steps, start_step=progress.step, process_index=process_index(),
-            stopwatch=stopwatch, wandb_project=config.train.wandb_project, name=config.name, place=workdir.place,
+            stopwatch=stopwatch, wandb_run=_wandb_run(config, workdir, identity), report=report,
         ) as writers:  # fmt: skip
             log = StepLog(progress.stage, writers, StepTimes(open_key_value_store()), report)
             loop = _Loop(
                 stages, programs, progress, identity, workdir, checkpoints, evaluation, writers, log, profile,
-                stopwatch, watchdog,
+                stopwatch, watchdog, report,
             )  # fmt: skip
             loop.run(config.train.num_steps if stop_at_step is None else stop_at_step, interrupts)
     if goodput := summarise_goodput(workdir.folder / GOODPUT_FILE):
@@ -134,15 +140,32 @@ class _Loop:
     profile: StepProfile
     stopwatch: Stopwatch
     watchdog: Watchdog
+    report: Callable[[str], None]
 
     def run(self, until_step: int, interrupts: Interrupts) -> None:
-        """Makes steps until ``until_step``, the end of the run or an interruption, and saves."""
+        """Makes steps until ``until_step``, the end of the run or an interruption, and saves.
+
+        What fails for a reason that passes is tried again. If that takes too long the run saves what it has and ends;
+        several processes cannot save then, because the others do not know of it.
+        """
+        try:
+            self._make_steps(until_step, interrupts)
+        except Exception as error:
+            if passes(error) and process_count() == 1:
+                with ending_nothing(f"step {self.progress.step} could not be saved", self.report):
+                    self._settle()
+                    self._save_once()
+            raise
+        self._save_now()
+
+    def _make_steps(self, until_step: int, interrupts: Interrupts) -> None:
         progress = self.progress
         last = min(until_step, self.stages[-1].until_step)
         self._enter_stage(progress.stage)
         while progress.step < last and not self._is_interrupted(interrupts):
             if progress.step == progress.stage.until_step:
                 self._enter_stage(self.stages[progress.stage.number])  # numbers begin at 1
+            self._look_at_save()
             bad = self._make_step()
             step, saves = progress.step, progress.step in (progress.stage.until_step, last)
             if not bad and (saves or self.evaluation.is_due(step) or self.checkpoints.should_save(step)):
@@ -151,10 +174,15 @@ class _Loop:
                 self._pass_over(bad)
             else:
                 self._evaluate_and_save(force=saves)
-        if bad := self.log.read_rest():  # of an interrupted run
-            self._pass_over(bad)
+
+    def _save_now(self) -> None:
+        self._settle()
         with self._during("saving"):
             self._save_and_wait()
+
+    def _settle(self) -> None:
+        if bad := self.log.read_rest():  # of a run that did not come to its end
+            self._pass_over(bad)
 
     def _is_interrupted(self, interrupts: Interrupts) -> bool:
         with self.log.times.waiting():  # for the answers of the other processes
@@ -172,19 +200,27 @@ class _Loop:
     def _make_step(self) -> BadStep | None:
         """Starts a step and reads the one before; returns one that was not applied."""
         progress = self.progress
-        number = progress.step + 1
+        number, cursor = progress.step + 1, progress.cursor
         with self.stopwatch.spent_on("reading"):
-            batch = self.program.place(next(self.batches))
+            batch = self.program.place(retried(self._next_batch, "rows cannot be read", self.report))
         self.profile.before(number)
         with self.log.times.waiting():  # where dispatch is not asynchronous, this is the step itself
             progress.state, metrics = self.program.step(progress.state, batch)
+        # Together with the state: whatever fails from here on, they may be saved.
+        progress.step, progress.cursor = number, progress.stage.cursor_after(cursor)
         self.profile.after(number, metrics.loss)
-        self.checkpoints.raise_failed_save(progress.step)
         self.stopwatch.switch("training")
-        bad = self.log.read_one_late(number, progress.cursor, metrics)
-        self.watchdog.beat(progress.step)
-        progress.step, progress.cursor = number, progress.stage.cursor_after(progress.cursor)
+        bad = self.log.read_one_late(number, cursor, metrics)
+        self.watchdog.beat(number - 1)
         return bad
+
+    def _next_batch(self) -> Batch:
+        try:
+            return next(self.batches)
+        except Exception:
+            # What failed once may not go on, and the file that it reads may have gone stale.
+            self.batches = _open_batches(self.progress.stage, self.program, self.progress.cursor)
+            raise
 
     def _pass_over(self, bad: BadStep) -> None:
         self.watchdog.enter("saving")  # if it is one too many
@@ -203,11 +239,29 @@ class _Loop:
                 self.writers.write(progress.step, found)
         if force or self.checkpoints.should_save(progress.step):
             with self._during("saving"):
-                self._save(force=force)
+                self._save_again_if(lambda: self._save(force=force))
+
+    def _look_at_save(self) -> None:
+        """Saves the present state if a save in the background failed for a reason that passes."""
+        try:
+            self.checkpoints.raise_failed_save(self.progress.step)
+        except PassingError as error:
+            self.report(f"warning: {error}; saving step {self.progress.step} now")
+            self._save_now()
 
     def _save_and_wait(self) -> None:
+        self._save_again_if(self._save_once)
+
+    def _save_once(self) -> None:
         self._save(force=True)
         self.checkpoints.wait()
+
+    def _save_again_if(self, save: Callable[[], None]) -> None:
+        """Saves, again after a failure that passes; several processes would have to agree on that, and end."""
+        if process_count() > 1:
+            save()
+        else:
+            retried(save, f"step {self.progress.step} cannot be saved", self.report)
 
     def _save(self, *, force: bool) -> None:
         progress = self.progress
@@ -215,7 +269,8 @@ class _Loop:
         info = self.identity.info(progress.step, progress.cursor, skipped=progress.skips.batches, heldout_loss=loss)
         if self.checkpoints.save(progress.step, dict(progress.state), info, force=force):
             if process_index() == 0:
-                write_json(self.workdir.folder / STEP_TIMES_FILE, self.log.times.summary())
+                with ending_nothing(f"{STEP_TIMES_FILE} cannot be written", self.report):
+                    write_json(self.workdir.folder / STEP_TIMES_FILE, self.log.times.summary())
             self.workdir.push_soon()  # a run that is killed then has all metrics before its newest checkpoint
 
     @contextlib.contextmanager
@@ -224,6 +279,12 @@ class _Loop:
         self.watchdog.enter(phase)
         with self.stopwatch.spent_on(phase), self.log.excluded():
             yield
+
+
+def _wandb_run(config: Config, workdir: Workdir, identity: Identity) -> WandbRun | None:
+    if config.train.wandb_project is None or process_index() != 0:
+        return None
+    return WandbRun(config.train.wandb_project, config.name, read_run_id(workdir.place), identity.flat_config)
 
 
 def _make_program(stage: Stage) -> Program:
@@ -258,7 +319,11 @@ def _start(
     if newest is None:
         report(f"{config.name}: new run, {size}, {config.train.num_steps} steps; {_where(stages[0])}compiling")
         return _Progress(stages[0], programs[0].init(), 0, 0, Skips(config.train.skip, (), report))
-    state, info = checkpoints.restore_latest(lambda step: programs[stage_after(stages, step).number - 1].state, report)
+    abstract_state = lambda step: programs[stage_after(stages, step).number - 1].state  # noqa: E731
+    # All processes learn of a failure of one, so all of them try again.
+    state, info = retried(
+        lambda: checkpoints.restore_latest(abstract_state, report), "no checkpoint can be read", report
+    )  # fmt: skip
     stage = stage_after(stages, info.step)
     check_compatible(info, identity.flat_config, identity.fingerprint)  # config.json may be another run's by now
     todo = "nothing is left to do" if info.step >= config.train.num_steps else f"{size}; {_where(stage)}compiling"

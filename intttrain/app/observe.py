@@ -9,6 +9,7 @@ import jax
 
 from intttrain.core.config import Config
 from intttrain.core.hardware import find_chip
+from intttrain.core.side_channels import ending_nothing
 from intttrain.model import model_flops_per_token
 
 PROFILE_FOLDER = "profile"
@@ -47,8 +48,11 @@ class StepProfile:
     def before(self, step: int) -> None:
         """Called before ``step`` begins."""
         if self._steps and self._steps[0] <= step <= self._steps[1] and not self._runs:
-            jax.profiler.start_trace(str(self._folder))
-            self._runs = True
+            with ending_nothing("no trace can be made", self._report):
+                jax.profiler.start_trace(str(self._folder))
+                self._runs = True
+            if not self._runs:
+                self._steps = ()
 
     def after(self, step: int, result: jax.Array) -> None:
         """Called with something that ``step`` computes."""
@@ -66,5 +70,6 @@ class StepProfile:
         """Ends a trace that still runs."""
         if self._runs:
             self._runs, self._steps = False, ()
-            jax.profiler.stop_trace()
-            self._report(f"trace of the chosen steps in {self._folder}")
+            with ending_nothing("the trace cannot be written", self._report):
+                jax.profiler.stop_trace()
+                self._report(f"trace of the chosen steps in {self._folder}")

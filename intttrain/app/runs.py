@@ -2,6 +2,7 @@
 
     WORKDIR/
       config.json      the flat configuration and the data fingerprint, written once before anything else
+      run_id           what the run is called elsewhere, wherever its folder is
       checkpoints/     one folder per step
       metrics.jsonl    one line per logged step
       tensorboard/     the same for TensorBoard
@@ -14,6 +15,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import secrets
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,8 +24,8 @@ import jax
 
 from intttrain.core.config import Config, as_dict, resolve
 from intttrain.core.dotted import flatten, unflatten
-from intttrain.core.errors import UserError
-from intttrain.core.files import write_json
+from intttrain.core.errors import UserError, user_error
+from intttrain.core.files import write_json, write_text
 from intttrain.core.sharding import named_shardings, with_sharding
 from intttrain.core.stages import make_stages, stage_before
 from intttrain.core.workdir import Place
@@ -31,6 +34,7 @@ from intttrain.model import Params, abstract_params, logical_axes
 from intttrain.train import CheckpointInfo, Checkpoints, check_compatible
 
 CONFIG_FILE = "config.json"
+ID_FILE = "run_id"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +73,34 @@ def make_identity(config: Config) -> Identity:
 
 
 def claim_workdir(workdir: Place, identity: Identity) -> None:
-    """Makes ``workdir`` this run's, or checks that it already is.
+    """Makes ``workdir`` this run's, or checks that it already is; either way it has an id afterwards.
 
     Raises:
       UserError: it holds something else, or a run with another configuration or other data.
     """
+    _claim(workdir, identity)
+    if not (workdir / ID_FILE).exists():
+        write_text(workdir / ID_FILE, secrets.token_hex(8) + "\n")
+    read_run_id(workdir)
+
+
+def read_run_id(workdir: Place) -> str:
+    """Returns the random id that the run got when it first began, 16 hexadecimal digits. It moves with the folder.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    path = workdir / ID_FILE
+    text = path.read_bytes().decode(errors="replace").strip()
+    if not re.fullmatch("[0-9a-f]{16}", text):
+        raise UserError(
+            f"{path} holds {text[:40]!r}, not an id of 16 hexadecimal digits; restore it, or delete it: the run gets "
+            "another id, and with it another entry on Weights & Biases"
+        )
+    return text
+
+
+def _claim(workdir: Place, identity: Identity) -> None:
     config_file = workdir / CONFIG_FILE
     if config_file.exists():
         check_compatible(_read_identity(config_file).info(0, 0), identity.flat_config, identity.fingerprint)
@@ -92,7 +119,7 @@ def _read_identity(path: Place) -> Identity:
         document = json.loads(path.read_text(encoding="utf-8"))
         return Identity(document["flat_config"], document["fingerprint"], document["tokenizer"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read as the configuration of a run ({error}); restore it") from None
+        raise user_error(f"{path} cannot be read as the configuration of a run ({error}); restore it", error) from None
 
 
 def has_run(workdir: Place) -> bool:

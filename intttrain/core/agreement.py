@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from intttrain.core.distributed import process_count, process_index
-from intttrain.core.errors import UserError, explain_exit
+from intttrain.core.errors import RESTART_STATUS, PassingError, UserError, explain_exit, reason_of
 
 _MESSAGE_BYTES = 4096
 
@@ -21,22 +21,43 @@ def on_first_process(action: Callable[[], None]) -> None:
     """Runs ``action`` on process 0 while the others wait.
 
     Raises:
-      UserError: on every process, if ``action`` raised one or an ``OSError``; nobody is left waiting.
+      UserError: on every process, if ``action`` raised one or anything else that ``explain_exit`` explains; nobody is
+        left waiting. ``PassingError`` if the failure passes by itself.
     """
-    message = ""
+    failure = ""
     if process_index() == 0:
         try:
             action()
-        except (UserError, OSError) as error:
-            message, _ = explain_exit(error) or ("", 0)
+        except Exception as error:
+            if (explained := explain_exit(error)) is None:
+                raise
+            failure = _with_status(*explained)
     if process_count() > 1:
-        message = _from_first(message)
-    if message:
-        raise UserError(message)
+        failure = _text(np.asarray(multihost_utils.broadcast_one_to_all(_padded(failure))))
+    _raise(failure)
 
 
-def _from_first(text: str) -> str:
-    return _text(np.asarray(multihost_utils.broadcast_one_to_all(_padded(text))))
+def raise_together(failure: Exception | None) -> None:
+    """Raises on all processes, which call it together, what the first one of them that has a failure brings.
+
+    Raises:
+      UserError: with the message and the kind that the failure has where it happened. There it is raised itself.
+    """
+    message, status = ("", 0) if failure is None else explain_exit(failure) or (reason_of(failure), UserError.status)
+    found = first_message(_with_status(message, status) if failure is not None else "")
+    if found and failure is not None:
+        raise failure
+    _raise(found)
+
+
+def _with_status(message: str, status: int) -> str:
+    return f"{status} {message}"
+
+
+def _raise(failure: str) -> None:
+    if failure:
+        status, _, message = failure.partition(" ")
+        raise (PassingError if status == str(RESTART_STATUS) else UserError)(message)
 
 
 def _padded(text: str) -> np.ndarray:

@@ -10,6 +10,9 @@ from typing import Any
 from jax._src.distributed import global_state
 
 from intttrain.core.distributed import process_count, process_index
+from intttrain.core.errors import PassingError, passes
+
+PASSES, STAYS = "p", "s"  # before the line of a failure
 
 _names = itertools.count()  # of the barriers of this process; all processes make theirs in the same order
 
@@ -28,7 +31,12 @@ class FailingBarrier:
         self._told = False  # whether all know of the exception that is on its way out
 
     def __call__(self, *, key: str, timeout_ms: int) -> None:
-        """Waits for the others; ``key`` says where, for nobody. Raises ``RuntimeError`` if one of them failed."""
+        """Waits for the others; ``key`` says where, for nobody.
+
+        Raises:
+          RuntimeError: one of them failed.
+          PassingError: one of them failed, for a reason that passes.
+        """
         if process_count() == 1:
             return
         # Somebody who handles an exception may well save, in the main thread.
@@ -41,9 +49,11 @@ class FailingBarrier:
         here = f"{self._name}/{self._number}"
         self._number += 1
         if error is not None:
-            client.key_value_set(f"{here}/failed/{process_index()}", f"process {process_index()}: {error}")
+            kind = PASSES if passes(error) else STAYS
+            client.key_value_set(f"{here}/failed/{process_index()}", f"{kind}process {process_index()}: {error}")
         client.wait_at_barrier(here, timeout_ms)
         failures = client.key_value_dir_get(f"{here}/failed")
         self._told = bool(failures)
         if failures and error is None:
-            raise RuntimeError(failures[0][1])
+            kind, line = failures[0][1][0], failures[0][1][1:]
+            raise (PassingError if kind == PASSES else RuntimeError)(line)

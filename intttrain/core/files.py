@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from intttrain.core.workdir import Place
 
@@ -29,3 +29,23 @@ def write_text(path: Place, text: str) -> None:
 def write_json(path: Place, content: Mapping[str, Any]) -> None:
     """Writes ``content`` as ``write_text`` does. Raises ``ValueError`` for numbers that JSON does not have."""
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def append_line(path: Path, line: str) -> None:
+    """Appends a whole line, or nothing that a reader would see.
+
+    The file is opened by name for each line: one that was renamed, removed or went stale does not stay in use. What an
+    earlier failure or a kill left of a line is cut off first.
+    """
+    with path.open("ab+") as file:
+        end = file.seek(0, os.SEEK_END)
+        if end and _byte_before(file, end) != b"\n":
+            while end and _byte_before(file, end) != b"\n":
+                end -= 1
+            file.truncate(end)
+        file.write(line.encode() + b"\n")
+
+
+def _byte_before(file: BinaryIO, end: int) -> bytes:
+    file.seek(end - 1)
+    return file.read(1)

@@ -17,7 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from intttrain.core.errors import UserError
+from intttrain.core.errors import reason_of, user_error
+from intttrain.core.files import append_line
 from intttrain.core.progress import Clock, Number, human_duration
 
 GOODPUT_FILE = "goodput.jsonl"
@@ -92,35 +93,29 @@ class GoodputWriter:
       path: the file.
       stopwatch: of this process.
       step: completed steps at the start.
+
+    Raises:
+      UserError: the file cannot be written.
     """
 
     def __init__(self, path: Path, stopwatch: Stopwatch, step: int) -> None:
         self._path, self._stopwatch, self._step = path, stopwatch, step
         self._start = 1 + max((record["start"] for record in _read(path)), default=0)
-        if _is_cut_off(path):
-            self._append("\n")
-        self.write(step, {})
+        try:
+            self.write(step, {})
+        except OSError as error:
+            raise user_error(f"cannot write {path}: {reason_of(error)}; free the path", error) from None
 
     def write(self, step: int, _: Mapping[str, Number]) -> None:
-        """Appends what was counted when ``step`` was completed. Raises ``UserError`` if the disk refuses it."""
+        """Appends what was counted when ``step`` was completed. Raises ``OSError`` if the disk refuses it."""
         self._step = step
         seconds = {kind: round(s, 3) for kind, s in self._stopwatch.seconds().items()}
         record = {"start": self._start, "step": step, "time": round(time.time(), 3), "seconds": seconds}
-        self._append(json.dumps(record) + "\n")
-
-    def flush(self) -> None:
-        """Nothing is held back."""
+        append_line(self._path, json.dumps(record))
 
     def close(self) -> None:
         """Appends what came after the last record."""
         self.write(self._step, {})
-
-    def _append(self, text: str) -> None:
-        try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(text)
-        except OSError as error:
-            raise UserError(f"cannot write {self._path}: {error.strerror or error}; free the path") from None
 
 
 def summarise_goodput(path: Path) -> Goodput | None:
@@ -155,12 +150,6 @@ def _step_seconds(records: Sequence[Mapping[str, Any]], step: int) -> float:
             return float(there + share * (here - there))
         before = record
     return float(before["seconds"]["training"])
-
-
-def _is_cut_off(path: Path) -> bool:
-    """Returns whether a killed process left a line without its end."""
-    content = path.read_bytes() if path.exists() else b""
-    return bool(content) and not content.endswith(b"\n")
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -11,17 +11,21 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
-from intttrain.core.errors import UserError
+from intttrain.core.errors import UserError, reason_of, user_error
+from intttrain.core.files import append_line
 from intttrain.core.goodput import GOODPUT_FILE, GoodputWriter, Stopwatch
 from intttrain.core.progress import Number, Stream, human_count, human_duration
-from intttrain.core.weights_and_biases import WandbWriter
-from intttrain.core.workdir import Place
+from intttrain.core.retries import retried
+from intttrain.core.side_channels import KEPT_RECORDS, SideChannel, Writer
+from intttrain.core.streams import print_line, say
+from intttrain.core.weights_and_biases import WandbRun, start_wandb
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -41,20 +45,6 @@ TTT_PREFIX = "ttt/"
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
-@runtime_checkable
-class Writer(Protocol):
-    """A destination of metrics."""
-
-    def write(self, step: int, scalars: Mapping[str, Number]) -> None:
-        """Records ``scalars`` as the state after ``step`` completed steps."""
-
-    def flush(self) -> None:
-        """Makes everything written so far visible to other programs."""
-
-    def close(self) -> None:
-        """Flushes and releases the destination; harmless when repeated."""
-
-
 class MetricWriters:
     """Sends every record to all writers; a context manager that closes them."""
 
@@ -62,20 +52,10 @@ class MetricWriters:
         self._writers = tuple(writers)
 
     def write(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """Records numbers (Python, NumPy or one-element arrays) for ``step``.
-
-        Raises:
-          UserError: a destination cannot be written.
-          TypeError: a value is not a scalar.
-        """
+        """Records numbers (Python, NumPy or one-element arrays) for ``step``. Raises ``TypeError`` for others."""
         plain = {key: _plain(key, value) for key, value in scalars.items()}
         for writer in self._writers:
             writer.write(step, plain)
-
-    def flush(self) -> None:
-        """Flushes every writer."""
-        for writer in self._writers:
-            writer.flush()
 
     def close(self) -> None:
         """Closes every writer, also when one of them fails; the first failure is raised at the end."""
@@ -92,10 +72,9 @@ class MetricWriters:
 
 def make_metric_writers(
     workdir: Path, *, num_steps: int, start_step: int, process_index: int, stream: Stream | None = None,
-    stopwatch: Stopwatch | None = None, wandb_project: str | None = None, name: str = "",
-    place: Place | None = None,
+    stopwatch: Stopwatch | None = None, wandb_run: WandbRun | None = None, report: Callable[[str], None] = say,
 ) -> MetricWriters:  # fmt: skip
-    """Returns the writers of one training run.
+    """Returns the writers of one training run. None of them ends it when it fails later (``SideChannel``).
 
     Args:
       workdir: receives ``metrics.jsonl`` and ``tensorboard/``; created if missing.
@@ -104,45 +83,48 @@ def make_metric_writers(
       process_index: anything but 0 gives writers that write nowhere.
       stream: console, standard output by default.
       stopwatch: of the process, whose times then go to ``goodput.jsonl``.
-      wandb_project, name: project of Weights & Biases, and the name of the run there.
-      place: of the run, if its files are copied from ``workdir`` to another one.
+      wandb_run: names the entry on Weights & Biases, if it is to receive the records too.
+      report: receives a line when a writer fails and when it works again.
 
     Raises:
-      UserError: ``workdir`` cannot be written, or Weights & Biases does not start.
+      UserError: ``workdir`` cannot be written, or Weights & Biases cannot be used; ``PassingError`` if that passes.
     """
     if process_index != 0:
         return MetricWriters(())
-    with _as_user_error(workdir):
-        workdir.mkdir(parents=True, exist_ok=True)
+
+    def start(name: str, make: Callable[[], Writer], kept: int = KEPT_RECORDS) -> None:
+        writers.append(SideChannel(name, retried(make, f"{name} cannot be opened", report), report, kept=kept))
+
     writers: list[Writer] = []
-    if wandb_project is not None:
+    if wandb_run is not None and (entry := start_wandb(wandb_run, workdir, report)) is not None:
         # First: it may refuse, and the others open files.
-        writers.append(WandbWriter(wandb_project, name, workdir, workdir if place is None else place))
-    writers += [
-        ConsoleWriter(sys.stdout if stream is None else stream, num_steps),
-        JsonlWriter(workdir / METRICS_FILE, start_step),
-        TensorBoardWriter(workdir / TENSORBOARD_FOLDER, start_step),
-    ]
-    if stopwatch is not None:
-        writers.append(GoodputWriter(workdir / GOODPUT_FILE, stopwatch, start_step))
+        writers.append(SideChannel("Weights & Biases", entry, report))
+    writers.append(ConsoleWriter(sys.stdout if stream is None else stream, num_steps, report))
+    start(METRICS_FILE, lambda: JsonlWriter(workdir / METRICS_FILE, start_step))
+    start("TensorBoard's file", lambda: TensorBoardWriter(workdir / TENSORBOARD_FOLDER, start_step))
+    if stopwatch is not None:  # its records are cumulative: the newest is enough
+        start(GOODPUT_FILE, lambda: GoodputWriter(workdir / GOODPUT_FILE, stopwatch, start_step), kept=1)
     return MetricWriters(writers)
 
 
 class ConsoleWriter:
     """One compact line per record; records without any console column (an evaluation) print nothing."""
 
-    def __init__(self, stream: Stream, num_steps: int) -> None:
-        self._stream, self._num_steps = stream, num_steps
+    def __init__(self, stream: Stream | None, num_steps: int, report: Callable[[str], None] = say) -> None:
+        self._stream, self._num_steps, self._report = stream, num_steps, report
+        self._told = False
 
     def write(self, step: int, scalars: Mapping[str, Number]) -> None:
-        """Prints the line of this record, if it has one."""
+        """Prints the line of this record, if it has one; says once that nobody sees it."""
         line = console_line(step, self._num_steps, scalars)
-        if line:
-            print(line, file=self._stream, flush=True)
-
-    def flush(self) -> None:
-        """Flushes the stream."""
-        self._stream.flush()
+        if not line:
+            return
+        try:
+            print_line(line, self._stream)
+        except (OSError, ValueError) as error:
+            if not self._told:
+                self._report(f"warning: lines of steps cannot be shown ({reason_of(error)}); the run goes on")
+            self._told = True
 
     def close(self) -> None:
         """Leaves the stream open: it belongs to whoever passed it."""
@@ -172,27 +154,18 @@ class JsonlWriter:
     def __init__(self, path: Path, start_step: int) -> None:
         self._path = path
         with _as_user_error(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists():
                 _keep_records_until(path, start_step)
-            self._file = path.open("a", encoding="utf-8")
+            path.open("a").close()
 
     def write(self, step: int, scalars: Mapping[str, Number]) -> None:
-        """Appends one line. Raises ``UserError`` when the disk refuses it."""
+        """Appends one line. Raises ``OSError`` when the disk refuses it."""
         record = {"step": int(step)} | {key: _json_value(value) for key, value in scalars.items()}
-        with _as_user_error(self._path):
-            # One write of one whole line, handed to the system at once: an interruption costs at most that line.
-            self._file.write(json.dumps(record, allow_nan=False) + "\n")
-            self._file.flush()
-
-    def flush(self) -> None:
-        """Hands everything to the system."""
-        with _as_user_error(self._path):
-            self._file.flush()
+        append_line(self._path, json.dumps(record, allow_nan=False))
 
     def close(self) -> None:
-        """Closes the file."""
-        with _as_user_error(self._path):
-            self._file.close()
+        """Nothing is held open."""
 
 
 def read_metrics(path: Path) -> list[dict[str, Number]]:
@@ -217,35 +190,54 @@ def read_metrics(path: Path) -> list[dict[str, Number]]:
 class TensorBoardWriter:
     """Scalars for TensorBoard. After a resume TensorBoard itself hides the steps that are written again.
 
-    NaN and infinities are left out: they have no place in a chart, and ``metrics.jsonl`` has them.
+    NaN and infinities are left out: they have no place in a chart, and ``metrics.jsonl`` has them. Points are written
+    here and now: the thread of tensorboardX's own writer dies of an error, and training would then wait for it forever.
     """
 
     def __init__(self, folder: Path, start_step: int) -> None:
-        # Imported here: only the one process that writes pays for it.
-        import tensorboardX
-
-        self._folder = folder
+        self._folder, self._start_step, self._files = folder, start_step, 0
+        self._events: Any = None
         with _as_user_error(folder):
-            # The suffix keeps two starts within one second from writing over the same file.
-            suffix = f".{start_step}.{os.getpid()}"
-            self._writer = tensorboardX.SummaryWriter(str(folder), purge_step=start_step + 1, filename_suffix=suffix)
+            folder.mkdir(parents=True, exist_ok=True)
+            self._open()
+
+    def _open(self) -> None:
+        # Imported here: only the one process that writes pays for it.
+        from tensorboardX import event_file_writer
+        from tensorboardX.proto import event_pb2
+
+        # The suffix keeps two starts, or two files of one start, within one second from having the same name.
+        suffix = f".{self._start_step}.{os.getpid()}.{self._files}"
+        events = event_file_writer.EventsWriter(str(self._folder / "events"), suffix)
+        if self._files == 0:
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            events.write_event(event_pb2.Event(wall_time=time.time(), step=self._start_step + 1, session_log=start))
+        events.flush()
+        self._events, self._files = events, self._files + 1
 
     def write(self, step: int, scalars: Mapping[str, Number]) -> None:
-        """Adds one point per finite value."""
-        with _as_user_error(self._folder):
+        """Adds one point per finite value, into a new file if the last one failed. Raises ``OSError``."""
+        from tensorboardX import summary
+        from tensorboardX.proto import event_pb2
+
+        if self._events is None:
+            self._open()
+        try:
             for key, value in scalars.items():
                 if math.isfinite(value):
-                    self._writer.add_scalar(key, value, step)
-
-    def flush(self) -> None:
-        """Makes the points visible to TensorBoard."""
-        with _as_user_error(self._folder):
-            self._writer.flush()
+                    point = summary.scalar(key, value)
+                    self._events.write_event(event_pb2.Event(wall_time=time.time(), step=step, summary=point))
+            self._events.flush()
+        except OSError:
+            with contextlib.suppress(OSError):
+                self.close()
+            raise
 
     def close(self) -> None:
         """Closes the event file."""
-        with _as_user_error(self._folder):
-            self._writer.close()
+        events, self._events = self._events, None
+        if events is not None:
+            events.close()
 
 
 def _keep_records_until(path: Path, start_step: int) -> None:
@@ -296,5 +288,5 @@ def _as_user_error(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"cannot write metrics to {path}: {reason}; free the path or use another --workdir") from error
+        message = f"cannot write metrics to {path}: {reason_of(error)}; free the path or use another --workdir"
+        raise user_error(message, error) from error

@@ -9,6 +9,9 @@
 
 Each process has two threads. One writes beats into the key-value store of process 0 and asks for its verdict; it may
 have to wait for the network. The other one looks at clocks and waits for nobody.
+
+Time in which the process itself did not run (Ctrl-Z, a closed lid, a virtual machine that moves to another host) counts
+neither for it nor, on process 0, for the others; it is told when the process runs again.
 """
 
 from __future__ import annotations
@@ -30,11 +33,13 @@ from intttrain.core.coordination import KeyValueStore, coordinator_address
 from intttrain.core.distributed import heartbeat_timeout_seconds
 from intttrain.core.errors import RESTART_STATUS, explain_exit
 from intttrain.core.preflight import describe_processes
+from intttrain.core.streams import finish_streams, say
 from intttrain.core.verdict import AGAIN, FINISHED, TRAINING, Judge, Verdict
 
 LONG_PHASE = 6  # times the limit: starting, compiling, saving, evaluating
 
 _PROBE_SECONDS = 2
+_TOLD_S = 5.0  # a process that stood still for longer says so
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +59,26 @@ class Timing:
     settle_s: float = 10.0
     silence_s: float = dataclasses.field(default_factory=lambda: 0.8 * heartbeat_timeout_seconds())
     linger_s: float = 15.0
+
+
+class RunningTime:
+    """A clock, in seconds, that stands still while this process does; called several times a second.
+
+    Args:
+      most_s: between two calls; whatever is beyond was no time of this process.
+    """
+
+    def __init__(self, most_s: float) -> None:
+        self._most_s, self._lock, self._last = most_s, threading.Lock(), monotonic()
+        self.stood_still_s = 0.0
+
+    def __call__(self) -> float:
+        """Returns the time."""
+        with self._lock:
+            now = monotonic()
+            self.stood_still_s += max(0.0, now - self._last - self._most_s)
+            self._last = now
+            return now - self.stood_still_s
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,15 +107,17 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
         self._timing = timing or Timing()
         self._host = socket.gethostname()
         self._first_host = "unknown" if store is None or store.index else self._host  # of process 0
-        self._progress = _Progress(0, "starting", monotonic())
+        self._clock = RunningTime(4 * self._timing.look_s)
+        self._told_still_s = 0.0
+        self._progress = _Progress(0, "starting", self._clock())
         self._judge: Judge | None = None
         if store is not None and store.index == 0:
             times = {"settle_s": self._timing.settle_s, "silence_s": self._timing.silence_s}
-            self._judge = Judge(store, **times, clock=monotonic)
+            self._judge = Judge(store, **times, clock=self._clock)
         self._failure: dict[str, str | int] | None = None
         self._verdict: Verdict | None = None
         self._decided, self._wake, self._stopped = threading.Event(), threading.Event(), threading.Event()
-        self._answered, self._beats = monotonic(), 0
+        self._answered, self._beats = self._clock(), 0
         self._ending = threading.Lock()
         self._cleanup = contextlib.ExitStack()
 
@@ -98,11 +125,11 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
 
     def beat(self, step: int) -> None:
         """Says that ``step`` is complete."""
-        self._progress = _Progress(step, TRAINING, monotonic())
+        self._progress = _Progress(step, TRAINING, self._clock())
 
     def enter(self, phase: str) -> None:
         """Says that something begins that may take longer than a step; the next ``beat`` ends it."""
-        self._progress = _Progress(self._progress.step, phase, monotonic())
+        self._progress = _Progress(self._progress.step, phase, self._clock())
 
     @contextlib.contextmanager
     def guard(self) -> Iterator[None]:
@@ -158,7 +185,7 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
             last = self._stopped.is_set()
             with contextlib.suppress(RuntimeError, TimeoutError):  # process 0 is gone or slow: see _watch
                 self._exchange()
-                self._answered = monotonic()
+                self._answered = self._clock()
             if last:
                 return
             self._wake.wait(self._timing.beat_s if self._failure is None else self._timing.look_s)
@@ -185,17 +212,32 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
 
     def look(self) -> None:
         """Ends the process if there is a reason to; what a thread does several times a second."""
-        now = self._progress
+        time_s, now = self._clock(), self._progress
         limit_s = self._limit(now.phase)
-        quiet_s = monotonic() - self._answered
-        if limit_s is not None and monotonic() - now.since > limit_s:
+        quiet_s = time_s - self._answered
+        self._tell_of_standing_still()
+        if limit_s is not None and time_s - now.since > limit_s:
             self._end_hanging(f"nothing finished for {limit_s} s while {now.phase} after step {now.step}")
         elif self._failure is not None:
             return  # the main thread is about to end the process
         elif self._verdict is not None:
-            self._end(self._verdict.line, self._verdict.status)
+            self._end(f"{self._verdict.line}{self._stood_still()}", self._verdict.status)
         elif self._store is not None and quiet_s > self._timing.silence_s:
-            self._end(f"{self._first()} has not answered for {quiet_s:.0f} s; {AGAIN}", RESTART_STATUS)
+            line = f"{self._first()} has not answered for {quiet_s:.0f} s{self._stood_still()}; {AGAIN}"
+            self._end(line, RESTART_STATUS)
+
+    def _tell_of_standing_still(self) -> None:
+        """Says once for each time that the process did not run."""
+        still_s, self._told_still_s = self._clock.stood_still_s - self._told_still_s, self._clock.stood_still_s
+        if still_s > _TOLD_S:
+            others = ", if the others still wait" if self._store is not None else ""
+            say(f"warning: this process stood still for {still_s:.0f} s, or its machine did; it goes on{others}")
+
+    def _stood_still(self) -> str:
+        """Returns why the others may have given this process up."""
+        self._clock()  # which may be the first to notice
+        still_s = self._clock.stood_still_s
+        return f" (this process itself stood still for {still_s:.0f} s)" if still_s > _TOLD_S else ""
 
     def _limit(self, phase: str) -> int | None:
         if self._limit_s is None or phase == FINISHED:  # and waiting for the others, who have limits of their own
@@ -218,12 +260,12 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
             if explained is None:
                 traceback.print_exception(error)
             self._end(*(explained or (line, 1)))
-        self._end(f"{verdict.line} (here: {line})", verdict.status)
+        self._end(f"{verdict.line} (here: {line}){self._stood_still()}", verdict.status)
 
     def _end_hanging(self, line: str) -> None:
         index = self._store.index if self._store is not None else 0
         who = describe_processes([index], {index: self._host})
-        print(f"watchdog: {who}: {line}; all threads:", file=sys.stderr, flush=True)
+        say(f"watchdog: {who}: {line}; all threads:")
         faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
         if self._store is None:
             self._end(f"{line}; {AGAIN}", RESTART_STATUS)
@@ -243,14 +285,12 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
     def _end(self, line: str, status: int) -> NoReturn:
         """Prints the line and ends the process; process 0 stays until the others have done so."""
         with self._ending:
-            print(f"error: {line}", file=sys.stderr, flush=True)
+            say(f"error: {line}")
             if self._store is not None:
                 farewell = threading.Thread(target=self._part, args=(self._store,), daemon=True)
                 farewell.start()
                 farewell.join(self._timing.linger_s if self._store.index == 0 else self._timing.beat_s)
-            for stream in (sys.stdout, sys.stderr):
-                with contextlib.suppress(OSError, ValueError):
-                    stream.flush()
+            finish_streams()
             self._leave(status)
         raise SystemExit(status)  # where tests replace `leave`
 
@@ -269,8 +309,8 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_SECONDS).close()
         except OSError:
-            line = f"{self._first()}, which coordinates, was lost after step {self._progress.step}; {AGAIN}"
-            print(f"error: {line}", file=sys.stderr, flush=True)
+            lost = f"{self._first()}, which coordinates, was lost after step {self._progress.step}"
+            say(f"error: {lost}{self._stood_still()}; {AGAIN}")
             self._leave(RESTART_STATUS)
 
 

@@ -21,7 +21,7 @@ from typing import Any, TypeAlias
 
 from etils import epath
 
-from intttrain.core.errors import UserError
+from intttrain.core.errors import PassingError, UserError, passes, reason_of
 
 Place: TypeAlias = Path | epath.Path  # local, or in a bucket
 PUSH_EVERY_S = 60.0
@@ -31,7 +31,8 @@ def make_place(text: str, flag: str = "--workdir") -> Place:
     """Returns the folder that ``flag`` names; for one in a bucket the libraries are made ready.
 
     Raises:
-      UserError: a URL of another kind, a library that is not installed, a bucket that does not answer.
+      UserError: a URL of another kind, a library that is not installed, a bucket that is not there or not for us.
+      PassingError: the bucket did not answer, though gcsfs asked for a while.
     """
     if "://" not in text:
         return Path(text)
@@ -57,8 +58,8 @@ class Workdir(contextlib.AbstractContextManager["Workdir"]):
     """The small files of a run, for the program that writes them.
 
     Leaving it copies what is new; a failure keeps the local folder and names it. Meanwhile a thread does so every
-    ``PUSH_EVERY_S``; the program goes on when that fails, and is told once. A local place is its own folder, and
-    nothing is copied.
+    ``PUSH_EVERY_S``; the program goes on when that fails, and is told once per outage. A local place is its own folder,
+    and nothing is copied.
 
     Args:
       place: of the run.
@@ -70,7 +71,7 @@ class Workdir(contextlib.AbstractContextManager["Workdir"]):
       folder: local; where to write, and to find what was pulled.
 
     Raises:
-      UserError: the bucket cannot be read at the start or written at the end.
+      UserError: the bucket cannot be read at the start or written at the end; ``PassingError`` if that passes.
     """
 
     def __init__(self, place: Place, pulled: Sequence[str], report: Callable[[str], None]) -> None:
@@ -124,8 +125,12 @@ class Workdir(contextlib.AbstractContextManager["Workdir"]):
                 self._push()
             except Exception as error:  # anything from the network to the credentials; the push at the end tells
                 if not warned:
-                    self._report(f"warning: {self.place} cannot be written ({_reason(error)}); trying again")
+                    self._report(f"warning: {self.place} cannot be written ({reason_of(error)}); trying again")
                 warned = True
+            else:
+                if warned:
+                    self._report(f"{self.place} can be written again; all files were copied")
+                warned = False
 
     def _push(self) -> None:
         """Copies files that are new or changed; those with hidden names are not finished."""
@@ -166,11 +171,9 @@ def _in_one_line(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of four libraries, without a common class
+        if passes(error):  # gcsfs has tried again for half a minute
+            raise PassingError(f"{what}: {reason_of(error)}; no answer, start the same command again") from error
         raise UserError(
-            f"{what}: {_reason(error)}; check the name, the network, and the credentials of this host "
+            f"{what}: {reason_of(error)}; check the name, the network, and the credentials of this host "
             "('gcloud auth application-default login' on your own machine)"
         ) from error
-
-
-def _reason(error: Exception) -> str:
-    return " ".join((str(error).strip() or type(error).__name__).split())[:200]

@@ -26,11 +26,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from intttrain.core.agreement import decided_by_first, first_message, largest, on_first_process
+from intttrain.core.agreement import decided_by_first, first_message, largest, on_first_process, raise_together
 from intttrain.core.barrier import FailingBarrier
 from intttrain.core.config_train import CheckpointConfig
 from intttrain.core.distributed import process_count, process_index
-from intttrain.core.errors import UserError
+from intttrain.core.errors import PassingError, UserError, passes, user_error
 from intttrain.core.sharding import with_sharding
 from intttrain.train.checkpoint_errors import (
     DamagedError,
@@ -75,8 +75,8 @@ class Checkpoints:
             self._found = set(self.steps())
             self._manager = None if read_only else self._make_manager()
         except OSError as error:
-            reason = error.strerror or str(error)
-            raise UserError(f"cannot open the checkpoint directory {self._directory}: {reason}") from error
+            message = f"cannot open the checkpoint directory {self._directory}: {error.strerror or error}"
+            raise user_error(message, error) from error
 
     def _make_manager(self) -> ocp.CheckpointManager:
         if self._config.keep_best is not None:
@@ -120,7 +120,8 @@ class Checkpoints:
           force: save although ``should_save(step)`` is false (the last step, an interruption).
 
         Raises:
-          UserError: this or the previous save could not be written, or the directory holds a later step.
+          UserError: this or the previous save could not be written (``PassingError`` if the reason passes), or the
+            directory holds a later step.
         """
         if self._manager is None or info.step != step:
             raise ValueError(f"save({step}) on a read-only directory or with info.step={info.step}")
@@ -163,12 +164,14 @@ class Checkpoints:
         if self._in_flight is None or (process_count() > 1 and step % AGREE_EVERY_STEPS):
             return
         saving, on_disk = self._in_flight
-        failed = on_disk.done() and on_disk.exception() is not None
-        worst = largest(2 if failed else int(not on_disk.done()))
+        error = on_disk.exception() if on_disk.done() else None
+        here = int(not on_disk.done()) if error is None else 2 if passes(error) else 3
+        worst = largest(here)
         if worst != 1:
             self.wait()
-        if worst == 2:
-            raise UserError(f"checkpoint step {saving} could not be written by another process; see its output")
+        if worst >= 2:
+            kind = PassingError if worst == 2 else UserError
+            raise kind(f"checkpoint step {saving} could not be written by another process; see its output")
 
     def wait(self) -> None:
         """Blocks until the save in progress is on disk. Raises ``UserError`` if it failed."""
@@ -201,9 +204,11 @@ class Checkpoints:
                     self._manager.reload()  # it has already counted the step that failed
             last = self.latest_step()
             kept = "no step is on disk yet" if last is None else f"step {last} is complete and can be restored"
-            raise UserError(
+            advice = "Start" if passes(error) else "Free space or fix the directory and start"
+            raise user_error(
                 f"checkpoint step {step} could not be written to {self._directory}: {one_line(error)}; {kept}. "
-                "Free space or fix the directory and start the same command again"
+                f"{advice} the same command again",
+                error,
             ) from error
 
     def latest_step(self) -> int | None:
@@ -264,10 +269,11 @@ class Checkpoints:
                 try:
                     (self._directory / str(step)).rename(target)
                 except OSError as error:
-                    raise UserError(
+                    raise user_error(
                         f"checkpoint step {step} in {self._directory} is damaged ({damaged[step]}) and cannot be "
                         f"renamed to {target.name}: {one_line(error)}; step {used} is intact: delete "
-                        f"{self._directory / str(step)} and start the same command again"
+                        f"{self._directory / str(step)} and start the same command again",
+                        error,
                     ) from error
 
         on_first_process(move)
@@ -329,9 +335,7 @@ class Checkpoints:
     def _agree(self, step: int, failure: Exception | None) -> None:
         """Raises on every process what went wrong on one of them; damage only if nothing else did."""
         damage = failure.reason if isinstance(failure, DamagedError) else ""
-        error = "" if failure is None or damage else str(failure) or type(failure).__name__
-        if message := first_message(error):
-            raise failure if failure is not None and error else UserError(message)
+        raise_together(None if damage else failure)
         if reason := first_message(damage):
             raise self._damaged(step, reason) from failure
 
@@ -379,9 +383,11 @@ class Checkpoints:
         if is_damage(error):
             where = f", seen by process {process_index()}" if process_count() > 1 else ""
             return self._damaged(step, f"{part}{one_line(error)}{where}")
-        return UserError(
+        advice = "Start" if passes(error) else "Mend the access to it and start"
+        return user_error(
             f"checkpoint step {step} in {self._directory} cannot be read: {part}{one_line(error)}; it may be "
-            "intact and was left as it is. Mend the access to it and start the same command again"
+            f"intact and was left as it is. {advice} the same command again",
+            error,
         )
 
     def _looks_complete(self, step: int) -> bool:

@@ -28,6 +28,7 @@ class FakeGcs:
       objects: content by name.
       url: of the server, for ``environment``.
       prefix: of the names of a run.
+      down: while it is, every request is answered with 503.
       broken: while set, every upload to a name that it matches is refused with 403, which nobody tries again.
     """
 
@@ -35,6 +36,7 @@ class FakeGcs:
         self.objects: dict[str, bytes] = {}
         self.generations: dict[str, int] = {}
         self.broken: str | None = None
+        self.down = False
         self.prefix = "runs/0/"
         self._uploads: dict[str, tuple[str, bytes]] = {}
         self._lock = threading.RLock()
@@ -69,7 +71,7 @@ class FakeGcs:
     def clear(self) -> None:
         """Begins another bucket, with another place for a run: TensorStore does not expect objects that are gone."""
         self.objects.clear()
-        self.broken = None
+        self.broken, self.down = None, False
         self._count += 1
         self.prefix = f"runs/{self._count}/"
 
@@ -99,6 +101,8 @@ class FakeGcs:
     # Each of these returns a status and a JSON document, bytes, or nothing.
 
     def answer(self, method: str, path: str, query: dict[str, str], headers: Message, body: bytes) -> tuple[int, Any]:
+        if self.down:
+            return 503, {"error": {"code": 503, "message": "try again later"}}
         with self._lock:
             if path == f"/storage/v1/b/{BUCKET}":
                 return 200, {"kind": "storage#bucket", "name": BUCKET, "id": BUCKET}

@@ -8,12 +8,18 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
+from etils import epath
 
+from intttrain.core import workdir as workdir_module
+from intttrain.core.errors import PassingError
 from intttrain.core.workdir import Workdir, make_place
 from intttrain.train import Checkpoints
 from tests.app.fake_gcs import FakeGcs, served
@@ -104,6 +110,59 @@ def test_other_peoples_folders_are_refused(gcs: FakeGcs, world: World, straight:
     line = error_line(cli("train", world.config, "--workdir=gs://elsewhere/run"))
     assert "--workdir=gs://elsewhere/run cannot be read" in line and "credentials" in line
     assert not list((tmp_path / "local").iterdir())
+
+
+@pytest.mark.parametrize("failure", ["503", "no such name"])
+def test_a_bucket_that_does_not_answer_is_for_launchers_to_try_again(
+    failure: str, gcs: FakeGcs, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        asked.append(seconds)
+
+    gcsfs = importlib.import_module("gcsfs")
+    monkeypatch.setattr("gcsfs.retry.asyncio", types.SimpleNamespace(sleep=sleep))
+    if failure == "503":
+        gcs.down = True
+    else:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://storage.invalid")
+        gcsfs.GCSFileSystem.clear_instance_cache()
+    try:
+        line = error_line(cli("train", world.config, f"--workdir={gcs.run}"), 4)
+    finally:
+        gcsfs.GCSFileSystem.clear_instance_cache()
+    assert f"--workdir={gcs.run} cannot be read" in line and "credentials" not in line
+    assert len(asked) >= 5 and not list((tmp_path / "local").iterdir())
+
+
+def test_an_outage_of_copying_is_told_once_and_ends_with_its_status(
+    gcs: FakeGcs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    put, failures = workdir_module._file_system, [TimeoutError("no answer")] * 2
+
+    def failing() -> Any:
+        if failures:
+            raise failures.pop()
+        return put()
+
+    monkeypatch.setattr(workdir_module, "_file_system", failing)
+    with Workdir(gcs_place := epath.Path(gcs.run), (), lines.append) as workdir:
+        for number in range(4):
+            (workdir.folder / "metrics.jsonl").write_text(str(number))
+            workdir.push_soon()
+            while not (lines if number < 2 else gcs.names(gcs.prefix)):
+                time.sleep(0.01)
+            time.sleep(0.05)
+    assert lines == [
+        f"warning: {gcs_place} cannot be written (no answer); trying again",
+        f"{gcs_place} can be written again; all files were copied",
+    ]
+    with pytest.raises(PassingError, match="are kept in .*no answer"), Workdir(gcs_place, (), lines.append) as workdir:
+        (workdir.folder / "metrics.jsonl").write_text("last")
+        failures.append(TimeoutError("no answer"))
+    assert (workdir.folder / "metrics.jsonl").read_text() == "last"
 
 
 def test_a_library_that_is_missing_is_named(gcs: FakeGcs, monkeypatch: pytest.MonkeyPatch) -> None:

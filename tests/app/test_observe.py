@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from intttrain.app import observe
+from intttrain.app.runs import read_run_id
 from intttrain.core.config import default_config, resolve
 from intttrain.core.goodput import summarise_goodput
 from intttrain.core.hardware import CHIPS
@@ -21,11 +22,14 @@ from tests.app.small import NUM_STEPS, World, cli, done, error_line
 
 
 class FakeWandb(types.ModuleType):
-    """Records what a run sends; ``failure`` is raised at the start."""
+    """Records what a run sends; ``failure`` is raised at the start, and by the functions that ``broken`` names."""
 
-    def __init__(self, failure: Exception | None = None) -> None:
+    Settings = dict
+
+    def __init__(self, failure: Exception | None = None, broken: tuple[str, ...] = ()) -> None:
         super().__init__("wandb")
         self.__spec__ = types.SimpleNamespace(name="wandb")  # type: ignore[assignment]
+        self.broken = broken
         self.failure, self.starts, self.records, self.finished = failure, [], [], 0  # type: ignore[var-annotated]
 
     def init(self, **arguments: Any) -> FakeWandb:
@@ -35,9 +39,13 @@ class FakeWandb(types.ModuleType):
         return self
 
     def log(self, values: dict[str, float], *, step: int) -> None:
+        if "log" in self.broken:
+            raise RuntimeError("the service is gone")
         self.records.append((step, values))
 
     def finish(self) -> None:
+        if "finish" in self.broken:
+            raise RuntimeError("the service is gone")
         self.finished += 1
 
 
@@ -51,6 +59,8 @@ def test_a_run_is_traced_sent_and_timed_over_its_starts(
     first = done(*command, "--stop_at_step=4", "--config.train.profile_steps=(2,3)")
     assert f"trace of the chosen steps in {workdir / 'profile'}" in first.err
     assert [path.name for path in workdir.rglob("*.xplane.pb")]
+    workdir = workdir.rename(tmp_path / "moved")
+    command = ("train", world.config, f"--workdir={workdir}", "--config.train.wandb_project=small")
     second = done(*command, "--config.train.profile_steps=(900,901)")  # never reached
     assert "trace" not in second.err
 
@@ -61,7 +71,9 @@ def test_a_run_is_traced_sent_and_timed_over_its_starts(
     assert goodput.seconds["lost"] == 0
 
     assert [start["project"] for start in wandb.starts] == ["small"] * 2 and wandb.finished == 2
-    assert len({start["id"] for start in wandb.starts}) == 1, "one entry for both"
+    assert {start["id"] for start in wandb.starts} == {read_run_id(workdir)}, "one entry for both, though it moved"
+    assert wandb.starts[0]["config"]["model.ttt.eta"] == 0.3 and wandb.starts[0]["resume"] == "allow"
+    assert wandb.starts[0]["settings"] == {"init_timeout": 30.0, "finish_timeout": 60.0}
     assert [step for step, _ in wandb.records] == list(range(1, NUM_STEPS + 1))
     wanted = {record["step"]: record["loss"] for record in read_metrics(workdir / METRICS_FILE)}
     assert {step: values["loss"] for step, values in wandb.records} == wanted
@@ -72,9 +84,39 @@ def test_weights_and_biases_that_cannot_be_had(world: World, tmp_path: Path, mon
     monkeypatch.setitem(sys.modules, "wandb", FakeWandb(RuntimeError("api_key not configured\nlong story")))
     line = error_line(cli(*command), after_other_lines=True)
     assert "'small'" in line and "(api_key not configured)" in line and "WANDB_MODE=offline" in line
+    monkeypatch.setattr(FakeWandb, "Settings", None)  # an old release
+    assert "pip install --upgrade wandb" in error_line(cli(*command), after_other_lines=True)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install wandb" in error_line(cli(*command), after_other_lines=True)
     assert "WANDB_API_KEY" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("wandb", "line"),
+    [
+        (FakeWandb(TimeoutError("no answer in 30 s")), "does not start (no answer in 30 s); the run goes on"),
+        (FakeWandb(broken=("log",)), "warning: Weights & Biases lacks 10 records (the service is gone)"),
+        (FakeWandb(broken=("finish",)), "warning: Weights & Biases could not be closed (the service is gone)"),
+    ],
+)
+def test_weights_and_biases_that_fails_ends_nothing(
+    wandb: FakeWandb, line: str, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    outcome = done("train", world.config, f"--workdir={tmp_path / 'run'}", "--config.train.wandb_project=small")
+    assert line in outcome.err and outcome.err.count("warning") <= 2, outcome.err
+    assert [record["step"] for record in read_metrics(tmp_path / "run" / METRICS_FILE)] == list(range(1, NUM_STEPS + 1))
+    assert (tmp_path / "run" / "checkpoints" / str(NUM_STEPS)).is_dir()
+
+
+def test_a_trace_that_cannot_be_made_ends_nothing(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workdir = tmp_path / "run"
+    monkeypatch.setattr(observe.jax.profiler, "start_trace", lambda folder: (_ for _ in ()).throw(OSError(28, "full")))
+    flags = ("--config.train.profile_steps=(2,3)", "--config.train.num_steps=4")
+    err = done("train", world.config, f"--workdir={workdir}", *flags).err
+    assert err.count("warning: no trace can be made (full); the run goes on") == 1, err
 
 
 def test_utilisation_is_the_rule_over_the_peak_of_all_devices(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,6 @@ def test_only_process_0_writes(tmp_path):
     stream = io.StringIO()
     with make_metric_writers(tmp_path / "run", num_steps=5, start_step=0, process_index=1, stream=stream) as writers:
         writers.write(1, {"loss": 1.0})
-        writers.flush()
     assert stream.getvalue() == "" and not (tmp_path / "run").exists()
 
 
@@ -173,9 +172,6 @@ def test_every_writer_is_closed_even_if_one_fails():
             self.name = name
 
         def write(self, step, scalars):
-            pass
-
-        def flush(self):
             pass
 
         def close(self):

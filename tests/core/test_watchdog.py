@@ -18,6 +18,7 @@ from intttrain.core.verdict import FINISHED, TRAINING, Judge, Verdict
 from intttrain.core.watchdog import LONG_PHASE, Timing, Watchdog
 from tests.core.shelf import Shelf
 from tests.processes import processes
+from tests.train.checkpoint_cases import run_python
 
 HOST = socket.gethostname()
 WATCHED = str(Path(__file__).parent / "watched.py")
@@ -146,6 +147,14 @@ class Clock:
     now = 1000.0
 
 
+def run_for(clock: Clock, seconds: float, dog: Watchdog) -> None:
+    """Lets time pass in which the process runs, and looks as its thread does."""
+    end = clock.now + seconds
+    while clock.now < end:
+        clock.now += 0.25
+        dog.look()
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
     clock = Clock()
@@ -153,35 +162,22 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
     yield clock
 
 
-def ended(dog: Watchdog, left: list[int]) -> bool:
-    try:
-        dog.look()
-    except SystemExit:
-        assert left == [RESTART_STATUS]
-        return True
-    assert left == []
-    return False
-
-
 def test_a_step_has_the_limit_and_everything_else_longer(clock: Clock, capfd: pytest.CaptureFixture[str]) -> None:
     left: list[int] = []
     dog = Watchdog(60, None, leave=left.append)
-    clock.now += 60 * LONG_PHASE - 1  # starting and compiling
-    assert not ended(dog, left)
+    run_for(clock, 60 * LONG_PHASE - 1, dog)  # starting and compiling
     dog.beat(1)
-    clock.now += 59
-    assert not ended(dog, left)
+    run_for(clock, 59, dog)
     dog.enter("saving")
-    clock.now += 60 * LONG_PHASE - 1
-    assert not ended(dog, left)
+    run_for(clock, 60 * LONG_PHASE - 1, dog)
     dog.beat(2)
     dog.enter(FINISHED)  # and waiting for others, who have limits of their own
-    clock.now += 1e6
-    assert not ended(dog, left)
+    run_for(clock, 1e4, dog)
     dog.beat(3)
-    assert capfd.readouterr().err == ""
-    clock.now += 61
-    assert ended(dog, left)
+    assert capfd.readouterr().err == "" and left == []
+    with pytest.raises(SystemExit):
+        run_for(clock, 61, dog)
+    assert left == [RESTART_STATUS]
     text = capfd.readouterr().err
     assert f"watchdog: process 0 (host {HOST}): nothing finished for 60 s while training after step 3" in text
     assert "test_a_step_has_the_limit" in text, "the stack"
@@ -191,18 +187,45 @@ def test_a_step_has_the_limit_and_everything_else_longer(clock: Clock, capfd: py
 def test_no_limit(clock: Clock) -> None:
     dog = Watchdog(None, None, leave=lambda status: pytest.fail(f"left with {status}"))
     dog.beat(1)
-    clock.now += 1e6
-    dog.look()
+    run_for(clock, 1e4, dog)
+
+
+def test_time_in_which_the_process_stood_still_does_not_count(clock: Clock, capfd: pytest.CaptureFixture[str]) -> None:
+    left: list[int] = []
+    dog = Watchdog(60, None, leave=left.append)
+    dog.beat(1)
+    run_for(clock, 30, dog)
+    clock.now += 5000
+    run_for(clock, 25, dog)
+    assert left == []
+    line = "warning: this process stood still for 4999 s, or its machine did; it goes on"
+    assert capfd.readouterr().err.splitlines() == [line], "once"
+    with pytest.raises(SystemExit):  # and hangs after all
+        run_for(clock, 10, dog)
 
 
 def test_process_0_that_does_not_answer(clock: Clock, capfd: pytest.CaptureFixture[str]) -> None:
     left: list[int] = []
     dog = Watchdog(None, Shelf(1), timing=Timing(silence_s=80.0, linger_s=0.0), leave=left.append)
-    clock.now += 79
-    assert not ended(dog, left)
-    clock.now += 2
-    assert ended(dog, left)
-    assert "error: process 0 (host unknown) has not answered for 81 s" in capfd.readouterr().err
+    clock.now += 5000
+    run_for(clock, 78, dog)
+    assert left == []
+    with pytest.raises(SystemExit):
+        run_for(clock, 3, dog)
+    assert left == [RESTART_STATUS]
+    text = capfd.readouterr().err
+    assert "error: process 0 (host unknown) has not answered for 80 s (this process itself stood still for 49" in text
+
+
+def test_the_judge_does_not_take_its_own_pause_for_a_silence_of_the_others(clock: Clock) -> None:
+    shelf = Shelf(0)
+    for index in (1, 2):
+        shelf.documents["beat", index] = {"host": "b", "step": 1, "phase": TRAINING, "count": 1}
+    dog = Watchdog(None, shelf, timing=Timing(silence_s=80.0), leave=lambda status: pytest.fail(f"left with {status}"))
+    dog._exchange()
+    clock.now += 5000
+    dog._exchange()
+    assert not shelf.all("verdict")
 
 
 @pytest.mark.parametrize("last", [0, 2])
@@ -250,6 +273,26 @@ def test_an_exception_of_all_processes_comes_through(guarded: bool) -> None:
         raise UserError("too large")
 
 
+STOPPED = """
+    import os, signal, subprocess, sys, time
+    from intttrain.core.watchdog import Timing, Watchdog
+
+    with Watchdog(3, None, timing=Timing(look_s=0.05)) as dog:
+        dog.beat(1)
+        subprocess.Popen(["sh", "-c", f"sleep 7; kill -CONT {os.getpid()}"])
+        os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(1)
+        dog.beat(2)
+    print("saved")
+"""
+
+
+def test_a_process_that_was_stopped_for_longer_than_the_limit_goes_on() -> None:
+    result = run_python(STOPPED)
+    assert (result.returncode, result.stdout) == (0, "saved\n"), result.stderr
+    assert result.stderr.startswith("warning: this process stood still for "), result.stderr
+
+
 # --- processes -----------------------------------------------------------------------------------------------------
 
 
@@ -286,6 +329,9 @@ def test_standing_still(stopped: int, tmp_path: Path) -> None:
         text = run.output(other)
         assert f"watchdog: process {other} (host {HOST}): nothing finished for 10 s while training" in text
         assert 'watched.py", line' in text, "the stack of the main thread"
+        run.all[stopped].send_signal(signal.SIGCONT)
+        assert run.status(stopped) in (RESTART_STATUS, -signal.SIGABRT)
+        assert "stood still for " in run.error_line(stopped), "why the others gave it up"
 
 
 def test_failing_alone(tmp_path: Path) -> None:
