@@ -16,7 +16,7 @@ from intttrain.app.observe import StepProfile
 from intttrain.app.runs import Identity, claim_workdir, make_identity, parameter_counts
 from intttrain.app.skips import BadStep, Skips
 from intttrain.app.step_log import StepLog
-from intttrain.core.agreement import on_first_process
+from intttrain.core.agreement import wait_for_first_process
 from intttrain.core.compiler import keep_programs
 from intttrain.core.config import Config
 from intttrain.core.coordination import open_key_value_store
@@ -24,13 +24,14 @@ from intttrain.core.distributed import process_index
 from intttrain.core.errors import UserError
 from intttrain.core.files import write_json
 from intttrain.core.goodput import GOODPUT_FILE, Stopwatch, summarise_goodput
-from intttrain.core.metrics import MetricWriters, make_metric_writers
+from intttrain.core.lease import Lease
+from intttrain.core.metrics import METRICS_FILE, MetricWriters, make_metric_writers
 from intttrain.core.progress import human_count
 from intttrain.core.sharding import check_evaluation
 from intttrain.core.stages import Stage, make_stages, stage_after
 from intttrain.core.step_times import STEP_TIMES_FILE, StepTimes
 from intttrain.core.watchdog import Watchdog
-from intttrain.core.workdir import Workdir
+from intttrain.core.workdir import Place, Workdir
 from intttrain.data import Batch, make_batches, make_row_dataset
 from intttrain.train import Checkpoints, Program, TrainState, check_compatible, make_program
 
@@ -53,19 +54,22 @@ class TrainResult:
 
 
 def train(
-    config: Config, workdir: Workdir, *, stop_at_step: int | None, watchdog: Watchdog, report: Callable[[str], None]
-) -> TrainResult:
-    """Trains up to ``train.num_steps``, from the newest checkpoint of ``workdir`` if there is one.
+    config: Config, place: Place, *, stop_at_step: int | None, watchdog: Watchdog, report: Callable[[str], None],
+    report_own: Callable[[str], None],
+) -> TrainResult:  # fmt: skip
+    """Trains up to ``train.num_steps``, from the newest checkpoint of ``place`` if there is one.
 
     Args:
       config: the run. Repeating the same call continues it, bit for bit as if it had not stopped.
-      workdir: receives checkpoints and metrics.
+      place: the workdir; receives checkpoints and metrics.
       stop_at_step: saves and stops there, as an interruption would; ``None`` goes to the end.
       watchdog: ends the process if another one is lost or nothing finishes.
       report: receives lines for people.
+      report_own: receives lines about this process.
 
     Raises:
-      UserError: input that does not fit together, an occupied workdir, a checkpoint that cannot be written.
+      UserError: input that does not fit together, an occupied workdir, another start in it, a checkpoint that cannot be
+        written.
       UnhealthyStepsError: too many steps were not applied (``train.skip``); the state before them is saved.
     """
     stopwatch = Stopwatch()
@@ -73,30 +77,29 @@ def train(
     programs = [_make_program(stage) for stage in stages]  # compiles nothing: what does not fit is refused here
     identity = make_identity(config)
     evaluation = LiveEvaluation(config, report)
-    on_first_process(lambda: claim_workdir(workdir.place, identity))
-    check_shared(workdir.place)
-    keep_programs(workdir.place)
     with (
-        Interrupts() as interrupts,
-        Checkpoints(str(workdir.place / "checkpoints"), config.train.checkpoint) as checkpoints,
+        Lease(place, report, watchdog.end) as lease,
+        _opened(place, identity, lease, report_own) as workdir,
+        Interrupts(lease.say_ending) as interrupts,
+        Checkpoints(str(place / "checkpoints"), config.train.checkpoint) as checkpoints,
         StepProfile(config.train.profile_steps, workdir.folder, report) as profile,
         watchdog.guard(),
     ):
         newest = checkpoints.latest_step()
-        check_same_newest(newest, workdir.place / "checkpoints")
+        check_same_newest(newest, place / "checkpoints")
         progress = _start(config, stages, programs, checkpoints, newest, identity, report)
         with make_metric_writers(
             workdir.folder, num_steps=config.train.num_steps, start_step=progress.step, process_index=process_index(),
-            stopwatch=stopwatch, wandb_project=config.train.wandb_project, name=config.name, place=workdir.place,
+            stopwatch=stopwatch, wandb_project=config.train.wandb_project, name=config.name, place=place,
         ) as writers:  # fmt: skip
             log = StepLog(progress.stage, writers, StepTimes(open_key_value_store()), report)
             loop = _Loop(
-                stages, programs, progress, identity, workdir, checkpoints, evaluation, writers, log, profile,
+                stages, programs, progress, identity, workdir, lease, checkpoints, evaluation, writers, log, profile,
                 stopwatch, watchdog,
             )  # fmt: skip
             loop.run(config.train.num_steps if stop_at_step is None else stop_at_step, interrupts)
-    if goodput := summarise_goodput(workdir.folder / GOODPUT_FILE):
-        report(goodput.line())
+        if goodput := summarise_goodput(workdir.folder / GOODPUT_FILE):
+            report(goodput.line())
     return TrainResult(progress.step, progress.step >= config.train.num_steps, interrupts.received, log.last)
 
 
@@ -127,6 +130,7 @@ class _Loop:
     progress: _Progress
     identity: Identity
     workdir: Workdir
+    lease: Lease
     checkpoints: Checkpoints
     evaluation: LiveEvaluation
     writers: MetricWriters
@@ -151,6 +155,7 @@ class _Loop:
                 self._pass_over(bad)
             else:
                 self._evaluate_and_save(force=saves)
+        self.lease.say_ending()
         if bad := self.log.read_rest():  # of an interrupted run
             self._pass_over(bad)
         with self._during("saving"):
@@ -213,6 +218,7 @@ class _Loop:
         progress = self.progress
         loss = self.evaluation.loss_after(progress.step)
         info = self.identity.info(progress.step, progress.cursor, skipped=progress.skips.batches, heldout_loss=loss)
+        self.lease.check()
         if self.checkpoints.save(progress.step, dict(progress.state), info, force=force):
             if process_index() == 0:
                 write_json(self.workdir.folder / STEP_TIMES_FILE, self.log.times.summary())
@@ -224,6 +230,16 @@ class _Loop:
         self.watchdog.enter(phase)
         with self.stopwatch.spent_on(phase), self.log.excluded():
             yield
+
+
+@contextlib.contextmanager
+def _opened(place: Place, identity: Identity, lease: Lease, report: Callable[[str], None]) -> Iterator[Workdir]:
+    """Claims a workdir for this run and this start, and yields it; all processes do so together."""
+    wait_for_first_process(lambda: claim_workdir(place, identity, lease))
+    check_shared(place)
+    keep_programs(place)
+    with Workdir(place, (METRICS_FILE, GOODPUT_FILE), report) as workdir:
+        yield workdir
 
 
 def _make_program(stage: Stage) -> Program:

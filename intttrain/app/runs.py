@@ -2,6 +2,7 @@
 
     WORKDIR/
       config.json      the flat configuration and the data fingerprint, written once before anything else
+      lease/           which start trains there, or did so last
       checkpoints/     one folder per step
       metrics.jsonl    one line per logged step
       tensorboard/     the same for TensorBoard
@@ -23,6 +24,8 @@ from intttrain.core.config import Config, as_dict, resolve
 from intttrain.core.dotted import flatten, unflatten
 from intttrain.core.errors import UserError
 from intttrain.core.files import write_json
+from intttrain.core.lease import FOLDER as LEASE_FOLDER
+from intttrain.core.lease import Lease
 from intttrain.core.sharding import named_shardings, with_sharding
 from intttrain.core.stages import make_stages, stage_before
 from intttrain.core.workdir import Place
@@ -68,23 +71,35 @@ def make_identity(config: Config) -> Identity:
     )
 
 
-def claim_workdir(workdir: Place, identity: Identity) -> None:
-    """Makes ``workdir`` this run's, or checks that it already is.
+def claim_workdir(workdir: Place, identity: Identity, lease: Lease) -> None:
+    """Makes ``workdir`` this run's, or checks that it already is, and takes it for this start.
 
     Raises:
-      UserError: it holds something else, or a run with another configuration or other data.
+      UserError: it holds something else, a run with another configuration or other data, or another start trains there.
     """
+    _check_is_run_or_empty(workdir, identity)  # nothing is written into a folder of somebody else
+    workdir.mkdir(parents=True, exist_ok=True)
+    lease.claim()
+    if not _check_is_run_or_empty(workdir, identity):
+        write_json(workdir / CONFIG_FILE, dataclasses.asdict(identity))
+
+
+def _check_is_run_or_empty(workdir: Place, identity: Identity) -> bool:
+    """Returns whether ``workdir`` is this run's; otherwise it holds nothing but what a start leaves that was killed."""
     config_file = workdir / CONFIG_FILE
     if config_file.exists():
         check_compatible(_read_identity(config_file).info(0, 0), identity.flat_config, identity.fingerprint)
-        return
-    if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+        return True
+    if workdir.exists() and (not workdir.is_dir() or not all(map(_is_beginning, workdir.iterdir()))):
         raise UserError(
             f"--workdir={workdir} is not empty and holds no {CONFIG_FILE} of a run; "
             "existing files are never mixed with a run: choose another path"
         )
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_json(config_file, dataclasses.asdict(identity))
+    return False
+
+
+def _is_beginning(path: Place) -> bool:
+    return path.name == LEASE_FOLDER or path.name.startswith(f".{CONFIG_FILE}.")
 
 
 def _read_identity(path: Place) -> Identity:

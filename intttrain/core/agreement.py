@@ -11,10 +11,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from intttrain.core.coordination import open_key_value_store
 from intttrain.core.distributed import process_count, process_index
-from intttrain.core.errors import UserError, explain_exit
+from intttrain.core.errors import RESTART_STATUS, PassingError, UserError, explain_exit
 
 _MESSAGE_BYTES = 4096
+_ASK_AGAIN_S = 5.0
 
 
 def on_first_process(action: Callable[[], None]) -> None:
@@ -33,6 +35,33 @@ def on_first_process(action: Callable[[], None]) -> None:
         message = _from_first(message)
     if message:
         raise UserError(message)
+
+
+def wait_for_first_process(action: Callable[[], None]) -> None:
+    """Runs ``action`` on process 0 while the others wait, for minutes if need be: collectives of CPUs give up earlier.
+
+    Raises:
+      UserError: on every process, if ``action`` raised one or an ``OSError``; with the same status.
+    """
+    store = open_key_value_store()
+    if store is None:
+        action()
+        return
+    if store.index == 0:
+        line, status = "", 0
+        try:
+            action()
+        except (UserError, OSError) as error:
+            line, status = explain_exit(error) or ("", 0)
+        store.put("first process", {"line": line, "status": status})
+    while True:
+        try:
+            answer = store.get("first process", 0, _ASK_AGAIN_S)
+            break
+        except TimeoutError:
+            continue  # the watchdog looks whether process 0 is still there
+    if answer["line"]:
+        raise (PassingError if answer["status"] == RESTART_STATUS else UserError)(answer["line"])
 
 
 def _from_first(text: str) -> str:
