@@ -105,14 +105,11 @@ class Lease(contextlib.AbstractContextManager["Lease"]):
         while True:
             number = max(self._numbers(), default=0)
             text = self._read(number) if number else None
-            if number and text is None:
-                continue  # its follower has just removed it
-            if text is None or watch.may_take(number, text):
-                if self._take(number + 1):
-                    self._thread.start()
-                    return
-                continue
-            sleep(watch.pause_s)
+            is_free = not number or (text is not None and watch.may_take(number, text))
+            if is_free and self._take(number + 1):
+                self._thread.start()
+                return
+            sleep(watch.pause_s)  # also when its follower has just removed it, or was faster
 
     def _take(self, number: int) -> bool:
         """Creates the file of a start; tells whether no other one was faster."""
@@ -191,11 +188,11 @@ class Lease(contextlib.AbstractContextManager["Lease"]):
             except Exception as failure:
                 self._warn(failure)
                 return None
-            by = f"was taken over by {follower}" if follower else f"was given up: {self._file(self._number)} is gone"
-            self._lost = UserError(
-                f"--workdir={self._workdir} {by}; this start did not beat for {SILENT_BEATS * BEAT_S:.0f} s "
-                "(suspended, or without its storage), writes nothing more and ends"
-            )
+            silence = f"did not beat for {SILENT_BEATS * BEAT_S:.0f} s (suspended, or without its storage)"
+            why = f"was taken over by {follower}, since this start {silence}"
+            if follower is None:
+                why = f"is no longer this start's: {self._file(self._number)} was deleted"
+            self._lost = UserError(f"--workdir={self._workdir} {why}; it writes nothing more and ends")
         return self._lost
 
     def _warn(self, failure: Exception) -> None:

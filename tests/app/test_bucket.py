@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from intttrain.app.evaluate import write_into_free_folder
 from intttrain.core.workdir import Workdir, make_place
 from intttrain.train import Checkpoints
 from tests.app.fake_gcs import FakeGcs, served
@@ -151,6 +152,19 @@ def test_only_what_changed_is_copied_and_what_was_pulled_counts(gcs: FakeGcs) ->
             file.write("y")
     changed = [name for name, generation in gcs.generations.items() if before[name] != generation]
     assert changed == [f"{gcs.prefix}metrics.jsonl"] and gcs.objects[changed[0]] == b"x" * 10 + b"y"
+
+
+def test_two_evaluations_at_the_same_moment_have_places_of_their_own(gcs: FakeGcs, tmp_path: Path) -> None:
+    for place in (make_place(gcs.run), tmp_path / "run"):
+        with Workdir(place, ("eval",), print) as one, Workdir(place, ("eval",), print) as other:
+            found = [
+                write_into_free_folder(workdir, workdir.folder / "eval" / "8", "positions.json", {"number": number})
+                for number, workdir in enumerate((one, other))
+            ]
+            assert [folder.name for folder in found] == ["8", "8-2"]
+            assert all((folder / "positions.json").exists() for folder in found)
+        for number, folder in enumerate(found):
+            assert json.loads((place / "eval" / folder.name / "positions.json").read_text()) == {"number": number}
 
 
 def test_an_unfinished_checkpoint_does_not_count(gcs: FakeGcs, world: World, straight: Path) -> None:

@@ -7,25 +7,30 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import pytest
 
+from intttrain.app.runs import Identity, claim_workdir
 from intttrain.core import lease, processes
+from intttrain.core.errors import UserError
 from intttrain.core.lease import Lease
+from intttrain.core.workdir import make_place
 from tests import processes as several
 from tests.app.fake_gcs import served
 from tests.app.held import MOMENTS
 from tests.app.small import NUM_STEPS, REPO, World, assert_same_run, assert_same_state, cli, error_line, metrics, steps
 from tests.app.test_bucket import download
+from tests.core.test_lease import forge
 
 
 class Held:
     """A training process that stands still at ``MOMENTS``."""
 
-    def __init__(self, world: World, workdir: str, log: Path, beat_s: float = 10.0) -> None:
+    def __init__(self, world: World, workdir: str, log: Path, beat_s: float) -> None:
         cache = str(jax.config.jax_compilation_cache_dir)
         command = [sys.executable, "-m", "tests.app.held", str(beat_s), "train", world.config, f"--workdir={workdir}"]
         self._log = log
@@ -52,7 +57,7 @@ class Held:
 
 
 @contextlib.contextmanager
-def held_run(world: World, workdir: str | Path, log: Path, beat_s: float = 10.0) -> Iterator[Held]:
+def held_run(world: World, workdir: str | Path, log: Path, beat_s: float) -> Iterator[Held]:
     run = Held(world, str(workdir), log, beat_s)
     try:
         yield run
@@ -61,10 +66,17 @@ def held_run(world: World, workdir: str | Path, log: Path, beat_s: float = 10.0)
         run.process.communicate()
 
 
+def lease_text(workdir: str | Path) -> str:
+    (file,) = (path for path in (make_place(str(workdir)) / lease.FOLDER).iterdir() if path.suffix == ".json")
+    return str(file.read_text())
+
+
 def check_refused_at_all_moments(world: World, workdir: str | Path, log: Path) -> None:
-    with held_run(world, workdir, log) as run:
+    with held_run(world, workdir, log, beat_s=0.5) as run:
         for moment in MOMENTS:
             run.wait_until(moment)
+            while moment == "end" and '"ending": true' not in lease_text(workdir):
+                time.sleep(0.05)  # until it has said so
             outcome = cli("train", world.config, f"--workdir={workdir}")
             if moment == "end":  # the one who comes then would wait for it
                 assert "waiting for the end" in outcome.err, outcome
@@ -96,6 +108,20 @@ def test_a_second_start_is_refused_in_a_bucket(world: World, straight: Path, tmp
         run = download(gcs, tmp_path / "run")
     assert_same_state(run, straight, NUM_STEPS)
     assert metrics(run) == metrics(straight)
+
+
+def test_one_that_was_killed_before_it_had_a_configuration_is_followed(tmp_path: Path) -> None:
+    identity, lines = Identity({"seed": 0}, "rows", {"kind": "bytes"}), list[str]()
+    forge(tmp_path, who=processes.describe_self() | {"began": 5})
+    (tmp_path / ".config.json.partial-1a2b3c4d-0a1b2c3d").write_text('{"flat')
+    with Lease(tmp_path, lines.append, print) as held:
+        claim_workdir(tmp_path, identity, held)
+    assert (tmp_path / "config.json").exists() and len(lines) == 1 and "going on in its place" in lines[0]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").touch()
+    with pytest.raises(UserError, match="is not empty"), Lease(tmp_path / "other", print, print) as held:
+        claim_workdir(tmp_path / "other", identity, held)
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["notes.txt"]
 
 
 def test_one_that_was_suspended_in_a_save_and_followed_writes_nothing_more(
