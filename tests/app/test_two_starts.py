@@ -16,7 +16,7 @@ import pytest
 
 from intttrain.app.runs import Identity, claim_workdir
 from intttrain.core import lease, processes
-from intttrain.core.errors import UserError
+from intttrain.core.errors import RESTART_STATUS, UserError
 from intttrain.core.lease import Lease
 from intttrain.core.workdir import make_place
 from tests import processes as several
@@ -78,8 +78,8 @@ def check_refused_at_all_moments(world: World, workdir: str | Path, log: Path) -
             while moment == "end" and '"ending": true' not in lease_text(workdir):
                 time.sleep(0.05)  # until it has said so
             outcome = cli("train", world.config, f"--workdir={workdir}")
-            if moment == "end":  # the one who comes then would wait for it
-                assert "waiting for the end" in outcome.err, outcome
+            if moment == "end":  # which one who is patient waits for
+                assert "does not come to its end" in error_line(outcome, RESTART_STATUS)
             else:
                 line = error_line(outcome)
                 assert f"--workdir={workdir} is in use by process {run.process.pid} on host" in line, moment

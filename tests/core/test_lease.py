@@ -208,14 +208,14 @@ def test_one_of_several_at_the_same_moment(place: Place, before: str) -> None:
 
     def start() -> None:
         with Lease(place, lambda _: None, raise_error) as held:
-            ready.wait()
+            ready.wait(60)
             try:
                 held.claim()
                 held.check()
                 outcomes.append("claimed")
             except UserError as error:
                 outcomes.append(str(error))
-            done.wait()
+            done.wait(60)
 
     threads = [threading.Thread(target=start) for _ in range(3)]
     for thread in threads:
