@@ -21,13 +21,12 @@ from intttrain.core.distributed import check_single, process_index, start_distri
 from intttrain.core.dotted import flatten
 from intttrain.core.errors import UserError
 from intttrain.core.files import write_json
-from intttrain.core.goodput import GOODPUT_FILE
-from intttrain.core.metrics import METRICS_FILE
+from intttrain.core.partial import remove_leftovers
 from intttrain.core.progress import human_count
 from intttrain.core.stages import make_stages
 from intttrain.core.streams import finish_streams, print_line, say
 from intttrain.core.watchdog import Watchdog
-from intttrain.core.workdir import Workdir, make_place
+from intttrain.core.workdir import make_place
 from intttrain.data import prepare
 from intttrain.interop import export_model
 
@@ -102,8 +101,9 @@ def train_model(values: flags.FlagValues) -> int:
     with Watchdog(config.train.watchdog_seconds, open_key_value_store()) as watchdog:
         check_hosts(config, place)
         tell = report if process_index() == 0 else lambda _: None
-        with Workdir(place, (METRICS_FILE, GOODPUT_FILE), report) as workdir:
-            result = train(config, workdir, stop_at_step=values.stop_at_step, watchdog=watchdog, report=tell)
+        result = train(
+            config, place, stop_at_step=values.stop_at_step, watchdog=watchdog, report=tell, report_own=report
+        )
     status = 0 if result.signal_number is None else 128 + result.signal_number
     if process_index() != 0:
         return status
@@ -164,6 +164,7 @@ def export_checkpoint(values: flags.FlagValues) -> int:
     """Writes a Hugging Face folder."""
     open_single("intttrain export")
     trained = load_trained(make_place(values.workdir), values.step)
+    remove_leftovers(Path(values.output), report)
     result = export_model(
         jax.device_get(trained.params), trained.config.model, Path(values.output), dtype=values.dtype,
         tokenizer_files=trained.tokenizer.files(), end_of_document=trained.tokenizer.end_of_document,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from intttrain.core.config_eval import GateConfig
 from intttrain.core.coordination import open_key_value_store
 from intttrain.core.distributed import process_count, process_index, start_distributed
 from intttrain.core.errors import UserError
-from intttrain.core.files import write_json
+from intttrain.core.files import create_json, write_json
 from intttrain.core.mesh import make_mesh
 from intttrain.core.sharding import check_evaluation
 from intttrain.core.stages import make_stages, stage_before
@@ -99,9 +100,8 @@ class _Run:
         if process_index() != 0:
             return
         print(result.table())
-        folder = free_folder(self.folder)
         content = {"step": self.trained.step, **result.to_json()}
-        write_json(folder / f"{file}.json", content)
+        folder = write_into_free_folder(self.workdir, self.folder, f"{file}.json", content)
         for picture in plot(folder) if plot is not None else []:
             print(f"plot {self.workdir.name(folder / picture)}")
         print(f"json {self.workdir.name(folder / f'{file}.json')}")
@@ -292,12 +292,21 @@ def _completers(run: _Run) -> dict[str, Complete]:
     return {name: completer(condition) for name, condition in _conditions(run).items()}
 
 
-def free_folder(wanted: Path) -> Path:
-    """Returns ``wanted``, or ``wanted-2``, ... : an evaluation never replaces an earlier one."""
+def write_into_free_folder(workdir: Workdir, wanted: Path, file: str, content: Mapping[str, Any]) -> Path:
+    """Writes ``content`` into ``wanted``, or ``wanted-2``, ..., and returns which one.
+
+    An evaluation never replaces an earlier one, nor one that is made at the same time.
+    """
     folder, number = wanted, 1
-    while any(folder.glob("*.json")):
+    while True:
+        if not any(folder.glob("*.json")):
+            with contextlib.suppress(FileExistsError):
+                create_json(workdir.name(folder / file), content)
+                break
         number += 1
         folder = wanted.with_name(f"{wanted.name}-{number}")
+    if not (folder / file).exists():  # it was created in a bucket
+        write_json(folder / file, content)
     return folder
 
 

@@ -14,7 +14,8 @@ from intttrain.core.distributed import process_count
 class Interrupts(contextlib.AbstractContextManager["Interrupts"]):
     """Notes SIGTERM and Ctrl-C instead of dying, so that the loop can save first; a second one kills."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_signal: Callable[[], None]) -> None:
+        self._on_signal = on_signal
         self.received: int | None = None  # by any process
         self._noted: int | None = None  # by this one
         self._asked: Callable[[], int] | None = None
@@ -44,3 +45,4 @@ class Interrupts(contextlib.AbstractContextManager["Interrupts"]):
         if self._noted is not None:
             raise KeyboardInterrupt
         self._noted = number
+        self._on_signal()

@@ -17,7 +17,7 @@ from intttrain.app.observe import StepProfile
 from intttrain.app.runs import Identity, claim_workdir, make_identity, parameter_counts, read_run_id
 from intttrain.app.skips import BadStep, Skips
 from intttrain.app.step_log import StepLog
-from intttrain.core.agreement import on_first_process
+from intttrain.core.agreement import wait_for_first_process
 from intttrain.core.compiler import keep_programs
 from intttrain.core.config import Config
 from intttrain.core.coordination import open_key_value_store
@@ -25,7 +25,8 @@ from intttrain.core.distributed import process_count, process_index
 from intttrain.core.errors import PassingError, UserError, passes
 from intttrain.core.files import write_json
 from intttrain.core.goodput import GOODPUT_FILE, Stopwatch, summarise_goodput
-from intttrain.core.metrics import MetricWriters, make_metric_writers
+from intttrain.core.lease import Lease
+from intttrain.core.metrics import METRICS_FILE, MetricWriters, make_metric_writers
 from intttrain.core.progress import human_count
 from intttrain.core.retries import retried
 from intttrain.core.sharding import check_evaluation
@@ -57,16 +58,18 @@ class TrainResult:
 
 
 def train(
-    config: Config, workdir: Workdir, *, stop_at_step: int | None, watchdog: Watchdog, report: Callable[[str], None]
-) -> TrainResult:
-    """Trains up to ``train.num_steps``, from the newest checkpoint of ``workdir`` if there is one.
+    config: Config, place: Place, *, stop_at_step: int | None, watchdog: Watchdog, report: Callable[[str], None],
+    report_own: Callable[[str], None],
+) -> TrainResult:  # fmt: skip
+    """Trains up to ``train.num_steps``, from the newest checkpoint of ``place`` if there is one.
 
     Args:
       config: the run. Repeating the same call continues it, bit for bit as if it had not stopped.
-      workdir: receives checkpoints and metrics.
+      place: the workdir; receives checkpoints and metrics.
       stop_at_step: saves and stops there, as an interruption would; ``None`` goes to the end.
       watchdog: ends the process if another one is lost or nothing finishes.
       report: receives lines for people.
+      report_own: receives lines about this process.
 
     Raises:
       UserError: input that does not fit together, an occupied workdir, a checkpoint that cannot be written.
@@ -83,13 +86,15 @@ def train(
     check_shared(workdir.place)
     keep_programs(workdir.place)
     with (
-        Interrupts() as interrupts,
-        Checkpoints(str(workdir.place / "checkpoints"), config.train.checkpoint) as checkpoints,
+        Lease(place, report, watchdog.end) as lease,
+        _opened(place, identity, lease, report_own) as workdir,
+        Interrupts(lease.say_ending) as interrupts,
+        Checkpoints(str(place / "checkpoints"), config.train.checkpoint) as checkpoints,
         StepProfile(config.train.profile_steps, workdir.folder, report) as profile,
         watchdog.guard(),
     ):
         newest = checkpoints.latest_step()
-        check_same_newest(newest, workdir.place / "checkpoints")
+        check_same_newest(newest, place / "checkpoints")
         progress = _start(config, stages, programs, checkpoints, newest, identity, report)
         with make_metric_writers(
             workdir.folder, num_steps=config.train.num_steps, start_step=progress.step, process_index=process_index(),
@@ -101,8 +106,8 @@ def train(
                 stopwatch, watchdog, report,
             )  # fmt: skip
             loop.run(config.train.num_steps if stop_at_step is None else stop_at_step, interrupts)
-    if goodput := summarise_goodput(workdir.folder / GOODPUT_FILE):
-        report(goodput.line())
+        if goodput := summarise_goodput(workdir.folder / GOODPUT_FILE):
+            report(goodput.line())
     return TrainResult(progress.step, progress.step >= config.train.num_steps, interrupts.received, log.last)
 
 
@@ -133,6 +138,7 @@ class _Loop:
     progress: _Progress
     identity: Identity
     workdir: Workdir
+    lease: Lease
     checkpoints: Checkpoints
     evaluation: LiveEvaluation
     writers: MetricWriters
@@ -267,6 +273,7 @@ class _Loop:
         progress = self.progress
         loss = self.evaluation.loss_after(progress.step)
         info = self.identity.info(progress.step, progress.cursor, skipped=progress.skips.batches, heldout_loss=loss)
+        self.lease.check()
         if self.checkpoints.save(progress.step, dict(progress.state), info, force=force):
             if process_index() == 0:
                 with ending_nothing(f"{STEP_TIMES_FILE} cannot be written", self.report):

@@ -76,7 +76,7 @@ def claim_workdir(workdir: Place, identity: Identity) -> None:
     """Makes ``workdir`` this run's, or checks that it already is; either way it has an id afterwards.
 
     Raises:
-      UserError: it holds something else, or a run with another configuration or other data.
+      UserError: it holds something else, a run with another configuration or other data, or another start trains there.
     """
     _claim(workdir, identity)
     if not (workdir / ID_FILE).exists():
@@ -104,14 +104,17 @@ def _claim(workdir: Place, identity: Identity) -> None:
     config_file = workdir / CONFIG_FILE
     if config_file.exists():
         check_compatible(_read_identity(config_file).info(0, 0), identity.flat_config, identity.fingerprint)
-        return
-    if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+        return True
+    if workdir.exists() and (not workdir.is_dir() or not all(map(_is_beginning, workdir.iterdir()))):
         raise UserError(
             f"--workdir={workdir} is not empty and holds no {CONFIG_FILE} of a run; "
             "existing files are never mixed with a run: choose another path"
         )
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_json(config_file, dataclasses.asdict(identity))
+    return False
+
+
+def _is_beginning(path: Place) -> bool:
+    return path.name == LEASE_FOLDER or path.name.startswith(f".{CONFIG_FILE}.")
 
 
 def _read_identity(path: Place) -> Identity:

@@ -11,10 +11,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from intttrain.core.coordination import open_key_value_store
 from intttrain.core.distributed import process_count, process_index
 from intttrain.core.errors import RESTART_STATUS, PassingError, UserError, explain_exit, reason_of
 
 _MESSAGE_BYTES = 4096
+_ASK_AGAIN_S = 5.0
 
 
 def on_first_process(action: Callable[[], None]) -> None:

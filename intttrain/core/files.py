@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from intttrain.core.partial import partial_file, remove_leftovers
 from intttrain.core.workdir import Place
 
 
@@ -17,13 +19,39 @@ def write_text(path: Place, text: str) -> None:
         path.write_text(text)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    remove_leftovers(path, _say_nothing)  # of a few lines
+    with partial_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+
+
+def _say_nothing(_: str) -> None: ...
+
+
+def create_text(path: Place, text: str) -> None:
+    """Writes ``text`` into a file that did not exist: of several that try to make it only one does; makes the folder.
+
+    Raises:
+      FileExistsError: it is there.
+    """
+    if not isinstance(path, Path):
+        importlib.import_module("fsspec").filesystem("gcs").pipe_file(str(path), text.encode(), mode="create")
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with partial_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+        try:
+            os.link(partial, path)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without links
+            with path.open("x", encoding="utf-8") as file:
+                file.write(text)
+
+
+def create_json(path: Place, content: Mapping[str, Any]) -> None:
+    """Writes ``content`` as ``create_text`` does. Raises ``ValueError`` for numbers that JSON does not have."""
+    create_text(path, _to_text(content))
 
 
 def write_json(path: Place, content: Mapping[str, Any]) -> None:

@@ -31,7 +31,7 @@ from typing import NoReturn
 from intttrain.core.aborts import before_abort
 from intttrain.core.coordination import KeyValueStore, coordinator_address
 from intttrain.core.distributed import heartbeat_timeout_seconds
-from intttrain.core.errors import RESTART_STATUS, explain_exit
+from intttrain.core.errors import RESTART_STATUS, UserError, explain_exit
 from intttrain.core.preflight import describe_processes
 from intttrain.core.streams import finish_streams, say
 from intttrain.core.verdict import AGAIN, FINISHED, TRAINING, Judge, Verdict
@@ -130,6 +130,17 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
     def enter(self, phase: str) -> None:
         """Says that something begins that may take longer than a step; the next ``beat`` ends it."""
         self._progress = _Progress(self._progress.step, phase, self._clock())
+
+    def end(self, error: UserError) -> NoReturn:
+        """Ends all processes with the line and status of an error of process 0, from any of its threads.
+
+        It does so at once: nothing is saved or closed.
+        """
+        if self._store is not None:
+            self._verdict = Verdict(False, [], [self._store.index], str(error), error.status)
+            with contextlib.suppress(RuntimeError):
+                self._store.put("verdict", dataclasses.asdict(self._verdict))
+        self._end(str(error), error.status)
 
     @contextlib.contextmanager
     def guard(self) -> Iterator[None]:

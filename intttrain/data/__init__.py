@@ -13,7 +13,6 @@ from intttrain.data.documents import DocumentRows, document_rows
 from intttrain.data.packing import PackedRows, blank_row, stack_rows
 from intttrain.data.pipeline import describe_rows, make_batches, make_row_dataset, mixture_fingerprint, open_stores
 from intttrain.data.prepare import PrepareResult, prepare
-from intttrain.data.publish import publish_directory
 from intttrain.data.store import StoreWriter, TokenStore
 from intttrain.data.tokenizers import Tokenizer, make_tokenizer
 
@@ -34,6 +33,5 @@ __all__ = [
     "mixture_fingerprint",
     "open_stores",
     "prepare",
-    "publish_directory",
     "stack_rows",
 ]

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from intttrain.core.config import PrepareConfig, SeqioSource, TextSource, TfdsSource
 from intttrain.core.errors import UserError
-from intttrain.data.publish import publish_directory
+from intttrain.core.partial import remove_leftovers
+from intttrain.core.publish import publish_directory
 from intttrain.data.store import StoreWriter
 from intttrain.data.text_files import FileCounts, read_text_files
 from intttrain.data.tokenizers import Tokenizer, make_tokenizer
@@ -75,6 +76,7 @@ def prepare(config: PrepareConfig, output: Path, report: Callable[[str], None]) 
         text, or one side of the split came out empty.
     """
     tokenizer = make_tokenizer(config.tokenizer)
+    remove_leftovers(Path(output), report)
     counts, files = _Counts(), FileCounts()
     description = _describe(config)
     with publish_directory(Path(output)) as directory, contextlib.ExitStack() as stack:

@@ -26,7 +26,7 @@ from typing import IO, Any
 import numpy as np
 
 from intttrain.core.errors import UserError
-from intttrain.data.publish import publish_directory
+from intttrain.core.publish import publish_directory
 from intttrain.data.tokenizers import Tokenizer
 
 FORMAT = "intttrain token store"

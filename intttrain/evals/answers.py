@@ -15,6 +15,7 @@ from typing import Any
 
 from intttrain.core.agreement import on_first_process
 from intttrain.core.errors import UserError
+from intttrain.core.partial import is_locked_elsewhere
 
 Settings = Mapping[str, str | int | float | bool | None]
 _HEADER = "settings"
@@ -28,7 +29,7 @@ class AnswerFile:
         """Reads what is there, or begins a file.
 
         Raises:
-          UserError: the file holds answers of other settings or no answers, or cannot be written.
+          UserError: the file holds answers of other settings or no answers, cannot be written, or another process does.
         """
         self._path = path
         self._answers: dict[str, tuple[str, str]] = {}  # key -> digest of the prompt, answer
@@ -38,6 +39,10 @@ class AnswerFile:
         except OSError as error:
             raise self._unwritable(error) from None
         try:
+            if is_locked_elsewhere(self._file.fileno()):
+                raise UserError(
+                    f"another process is writing answers to {path}; wait for its end, or evaluate another checkpoint"
+                )
             complete = self._read(dict(settings))
             self._file.truncate(complete)
             if complete == 0:

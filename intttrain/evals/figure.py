@@ -6,7 +6,6 @@ and p + 1, which carry its two ends. Arrays have Q = P + 1 columns as in the rep
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from intttrain.core.errors import UserError
+from intttrain.core.partial import partial_file
 from intttrain.evals.bootstrap import INTERVAL, Estimate
 
 # Okabe and Ito's colours, distinguishable without full colour vision; line styles keep equal curves visible.
@@ -137,11 +137,9 @@ def publish(figure: Figure, path: Path) -> None:
     """
     if path.is_dir() or (path.exists() and path.stat().st_size > 0):
         raise UserError(f"figure {path} exists and is never overwritten; choose another path or remove it first")
-    partial = path.parent / f".{path.name}.partial-{secrets.token_hex(4)}"
     try:
-        figure.savefig(partial, format="png", dpi=160)
-        partial.replace(path)
+        with partial_file(path) as partial:
+            figure.savefig(partial, format="png", dpi=160)
+            partial.replace(path)
     except OSError as error:
         raise UserError(f"figure {path} cannot be written ({error.strerror}); choose a writable path") from None
-    finally:
-        partial.unlink(missing_ok=True)

@@ -18,7 +18,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,7 +28,9 @@ from intttrain.core.config import TokenizerConfig
 from intttrain.core.config_eval import RulerConfig, RulerTask
 from intttrain.core.errors import UserError
 from intttrain.core.files import write_json, write_text
-from intttrain.data import Tokenizer, make_tokenizer, publish_directory
+from intttrain.core.partial import partial_folder, remove_leftovers
+from intttrain.core.publish import publish_directory
+from intttrain.data import Tokenizer, make_tokenizer
 from intttrain.evals.ruler_generator import GENERATOR, NEEDED, PROGRAM, SENTENCES, Request
 from intttrain.evals.ruler_tasks import RulerSample, RulerSet, is_question_answering
 
@@ -89,15 +90,18 @@ def _generate_missing(
         return
     settings["generator"] = _generator()
     report(f"generating RULER samples: {len(missing)} sets of {ruler.samples}, tokenizer {tokenizer.description}")
-    with _scratch(folder) as scratch:
+    with _scratch(folder, report) as scratch:
         requests = []
         for length, task in missing:
             output = scratch / f"{length}-{task}"
             output.mkdir()
             requests.append(Request(task, length, ruler.samples, ruler.seed, dataclasses.asdict(config), str(output)))
         for request in _run(requests):
-            samples = _read(request, tokenizer)
-            with publish_directory(_place(folder, request.length, request.task)) as fresh:
+            samples, place = _read(request, tokenizer), _place(folder, request.length, request.task)
+            if _is_there(place, settings, tokenizer):
+                continue  # another evaluation has made the same meanwhile
+            remove_leftovers(place, report)
+            with publish_directory(place) as fresh:
                 lines = (json.dumps(dataclasses.asdict(sample)) for sample in samples)
                 write_text(fresh / _SAMPLES, "".join(f"{line}\n" for line in lines))
                 write_json(fresh / _SETTINGS, settings)
@@ -137,17 +141,17 @@ def _generator() -> str:
 
 
 @contextlib.contextmanager
-def _scratch(folder: Path) -> Iterator[Path]:
+def _scratch(folder: Path, report: Report) -> Iterator[Path]:
     """Yields a folder inside ``folder`` that is removed at the end."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = tempfile.TemporaryDirectory(dir=folder, prefix=".partial-")
-    except OSError as error:
-        raise UserError(
-            f"RULER samples cannot be written to {folder} ({error.strerror}); choose another path"
-        ) from None
-    with temporary as name:
-        yield Path(name)
+    with contextlib.ExitStack() as stack:
+        try:
+            remove_leftovers(folder / "scratch", report)
+            scratch = stack.enter_context(partial_folder(folder / "scratch"))
+        except OSError as error:
+            raise UserError(
+                f"RULER samples cannot be written to {folder} ({error.strerror}); choose another path"
+            ) from None
+        yield scratch
 
 
 def _run(requests: list[Request]) -> Iterator[Request]:

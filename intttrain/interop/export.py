@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors.numpy import save_file
 from intttrain.core.config import ModelConfig
 from intttrain.core.dotted import flatten
 from intttrain.core.errors import UserError
+from intttrain.core.publish import check_target_free, publish_directory
 from intttrain.interop.hf_config import FAMILIES, MODELING_FILE, make_hf_config, needs_modeling_file
 from intttrain.interop.names import HFTensor, leaf_shapes, list_tensors
 
@@ -77,28 +77,20 @@ def export_model(
       UserError: ``output`` is occupied, a tokenizer file does not exist, or ``params`` is not a model of
         ``model_config`` (names the parameter and both shapes).
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"output {output} already exists and is not an empty folder; choose a new path")
+    check_target_free(output)
     leaves = _check_params(params, model_config)
     config = make_hf_config(
         model_config, dtype=dtype, end_of_document=end_of_document, max_position_embeddings=max_position_embeddings
     )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    partial.mkdir()
-    try:
-        _write_json(partial / "config.json", config)
-        _write_json(partial / "generation_config.json", _generation_config(end_of_document))
+    tensors = list_tensors(model_config)
+    with publish_directory(output) as fresh:
+        _write_json(fresh / "config.json", config)
+        _write_json(fresh / "generation_config.json", _generation_config(end_of_document))
         if needs_modeling_file(model_config):
-            shutil.copyfile(Path(__file__).with_name(MODELING_FILE), partial / MODELING_FILE)
-        _write_tokenizer(partial, tokenizer_files, end_of_document)
-        tensors = list_tensors(model_config)
-        _write_shards(partial, leaves, plan_shards(tensors, dtype, max_shard_bytes), dtype)
-        files = tuple(sorted(path.name for path in partial.iterdir()))
-        partial.rename(output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+            shutil.copyfile(Path(__file__).with_name(MODELING_FILE), fresh / MODELING_FILE)
+        _write_tokenizer(fresh, tokenizer_files, end_of_document)
+        _write_shards(fresh, leaves, plan_shards(tensors, dtype, max_shard_bytes), dtype)
+        files = tuple(sorted(path.name for path in fresh.iterdir()))
     parameters = sum(math.prod(tensor.shape) for tensor in tensors)
     tensor_bytes = parameters * _NUMPY_DTYPES[dtype].itemsize
     return ExportResult(output, files, parameters, tensor_bytes, _notes(model_config, tokenizer_files))

@@ -149,13 +149,14 @@ def study(
       AssertionError: something differs from ``straight``, a run with a checkpoint of every step.
     """
     num_steps, processes = steps(straight)[-1], 1 + max(max(moment.victims) for moment in moments)
-    newest = 0
+    newest, follows = 0, False
     for moment in moments:
         with Run(
             world, workdir, cache, processes, SLOW_S[moment.phase], flags_for(num_steps, moment.phase, processes)
         ) as run:
             survival_s = run.kill_at(moment)
-        check_start(run, newest)
+        check_start(run, newest, follows)
+        follows = True
         complete = steps(workdir)
         newest = max(complete, default=0)
         for step in complete:
@@ -163,15 +164,16 @@ def study(
         yield where_it_was(run, workdir, moment), survival_s
     with Run(world, workdir, cache, processes, 0.0, flags_for(num_steps, "save", processes)) as run:
         run.finish()
-    check_start(run, newest)
+    check_start(run, newest, follows)
     assert steps(workdir)[-1] == num_steps
     assert checksums(workdir, num_steps) == checksums(straight, num_steps)
     assert metrics(workdir) == metrics(straight)
 
 
-def check_start(run: Run, newest: int) -> None:
-    """Checks that a run took the newest checkpoint, unless it was killed before it could say so."""
+def check_start(run: Run, newest: int, follows: bool) -> None:
+    """Checks that a run took the workdir and the newest checkpoint, unless it was killed before it could say so."""
     output = run.output()
+    assert output.count("is gone without an end; going on in its place") == int(follows), output
     assert "warning" not in output, output
     if found := re.search(r"resumed at step (\d+)", output):
         assert int(found[1]) == newest, output

@@ -212,6 +212,19 @@ def test_only_what_changed_is_copied_and_what_was_pulled_counts(gcs: FakeGcs) ->
     assert changed == [f"{gcs.prefix}metrics.jsonl"] and gcs.objects[changed[0]] == b"x" * 10 + b"y"
 
 
+def test_two_evaluations_at_the_same_moment_have_places_of_their_own(gcs: FakeGcs, tmp_path: Path) -> None:
+    for place in (make_place(gcs.run), tmp_path / "run"):
+        with Workdir(place, ("eval",), print) as one, Workdir(place, ("eval",), print) as other:
+            found = [
+                write_into_free_folder(workdir, workdir.folder / "eval" / "8", "positions.json", {"number": number})
+                for number, workdir in enumerate((one, other))
+            ]
+            assert [folder.name for folder in found] == ["8", "8-2"]
+            assert all((folder / "positions.json").exists() for folder in found)
+        for number, folder in enumerate(found):
+            assert json.loads((place / "eval" / folder.name / "positions.json").read_text()) == {"number": number}
+
+
 def test_an_unfinished_checkpoint_does_not_count(gcs: FakeGcs, world: World, straight: Path) -> None:
     for path in straight.rglob("*"):
         if path.is_file() and path.relative_to(straight).parts[:2] in {("checkpoints", "4"), ("config.json",)}:

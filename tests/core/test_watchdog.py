@@ -68,6 +68,20 @@ def test_who_stops_beating_when_another_fails_is_lost(run: Run) -> None:
     assert verdict.line.startswith("process 1 (host b) was lost after step 7; start the same command")
 
 
+def test_an_error_of_a_thread_of_process_0_ends_all_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    shelf, left = Shelf(), list[int]()
+    shelf.put("beat", {"host": "a", "step": 7, "phase": TRAINING, "count": 1})
+    for index in (1, 2):
+        Shelf(index, shelf.documents).put("ended", {})  # nobody stays for them
+    first, other = (Watchdog(None, Shelf(index, shelf.documents), leave=left.append) for index in (0, 1))
+    with pytest.raises(SystemExit):
+        first.end(UserError("taken over"))
+    other._exchange()
+    with pytest.raises(SystemExit):
+        other.look()
+    assert left == [2, 2] and capsys.readouterr().err == "error: taken over\n" * 2
+
+
 def test_one_that_beats_again_is_not_lost(run: Run) -> None:
     """Held up for a while, by garbage collection or a compiler that keeps Python waiting."""
     run.fail(0)

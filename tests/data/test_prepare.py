@@ -9,6 +9,7 @@ import pytest
 
 from intttrain.core.config import PrepareConfig, TextSource, TokenizerConfig
 from intttrain.core.errors import UserError
+from intttrain.core.processes import boot
 from intttrain.data import TokenStore, make_tokenizer, prepare
 from intttrain.data.prepare import heldout_share
 from tests.data.plain import one_line
@@ -52,6 +53,13 @@ def refused(config, output, *parts):
         assert str(part) in one_line(error)
     if before is not None:
         assert {p.name for p in output.parent.iterdir()} == before
+
+
+def test_what_killed_runs_left_is_removed_and_named(corpus, tmp_path):
+    left, lines = tmp_path / f".out.partial-{boot()[:8]}-0a1b2c3d", []
+    (left / "train").mkdir(parents=True)
+    prepare(config_for(corpus), tmp_path / "out", lines.append)
+    assert lines[0] == f"note: {left}, left unfinished by a process that was killed, was removed" and not left.exists()
 
 
 def test_documents_are_split_and_unchanged(corpus, tmp_path):

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from intttrain.core.errors import UserError
-from intttrain.data import StoreWriter, TokenStore, publish_directory
+from intttrain.core.publish import publish_directory
+from intttrain.data import StoreWriter, TokenStore
 from tests.data.plain import END, PlainTokenizer, one_line
 
 

@@ -193,6 +193,16 @@ def test_a_torn_beginning_is_begun_again(tmp_path, content):
         assert file.find("other", "prompt") is None
 
 
+def test_two_evaluations_do_not_write_into_one_file(tmp_path):
+    with AnswerFile(tmp_path / "answers.jsonl", {}) as file:
+        file.add("key", "prompt", "text")
+        with pytest.raises(UserError, match="another process is writing answers to"):
+            AnswerFile(tmp_path / "answers.jsonl", {})
+        file.add("other", "prompt", "text")
+    with AnswerFile(tmp_path / "answers.jsonl", {}) as file:
+        assert file.find("key", "prompt") == file.find("other", "prompt") == "text"
+
+
 def test_no_space_is_one_line(tmp_path):
     with AnswerFile(tmp_path / "answers.jsonl", {}) as file:
         file._file.close()

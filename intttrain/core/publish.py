@@ -2,19 +2,18 @@
 
 Everything is written into a hidden sibling of the target, on the same file system, and becomes the target in one
 rename. A process that is killed without any chance to clean up leaves at most that hidden sibling, which no reader
-looks at.
+looks at and ``remove_leftovers`` removes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import secrets
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from intttrain.core.errors import UserError
+from intttrain.core.partial import partial_folder
 
 
 def check_target_free(target: Path) -> None:
@@ -46,22 +45,25 @@ def publish_directory(target: Path) -> Iterator[Path]:
     target = Path(target).absolute()
     check_target_free(target)
     missing = [parent for parent in target.parents if not parent.exists()]
-    fresh = target.parent / f".{target.name}.partial-{secrets.token_hex(4)}"
-    try:
-        fresh.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"output {target} cannot be created ({error.strerror}); choose a writable path") from None
-    try:
-        yield fresh
-        _rename(fresh, target)
-    except BaseException as error:
-        shutil.rmtree(fresh, ignore_errors=True)
-        for parent in missing:  # from the deepest upwards; one that someone else uses by now stays
-            with contextlib.suppress(OSError):
-                parent.rmdir()
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"output {target}: the disk is full; free space or choose another path") from None
-        raise
+    with contextlib.ExitStack() as stack:
+        stack.callback(_remove_empty, missing)
+        try:
+            fresh = stack.enter_context(partial_folder(target))
+        except OSError as error:
+            raise UserError(f"output {target} cannot be created ({error.strerror}); choose a writable path") from None
+        try:
+            yield fresh
+            _rename(fresh, target)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise UserError(f"output {target}: the disk is full; free space or choose another path") from None
+            raise
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    for folder in folders:  # from the deepest upwards; one that is used by now stays
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def _rename(fresh: Path, target: Path) -> None:
