@@ -61,7 +61,7 @@ class GateRule:
         return None
 
 
-Number = Array | np.ndarray | float | int  # a scalar
+Number = Array | np.ndarray | np.generic | float | int  # a scalar
 
 
 class GateSettings(NamedTuple):
