@@ -34,9 +34,9 @@ def test_an_update_that_is_not_finite_is_not_applied_and_not_saved(
     workdir = tmp_path / "run"
     with monkeypatch.context() as context:
         context.setattr(step_module, "make_optimizer", make_faulty)
-        outcome = cli("train", world.config, f"--workdir={workdir}")
+        outcome = cli("train", world.config, f"--workdir={workdir}", "--config.train.skip.max_in_a_row=1")
     line = error_line(outcome, status=3, after_other_lines=True)
     assert f"step {step}: loss=" in line and "the new update and parameters would not be finite" in line
-    assert "nan" not in line and f"step {step - 1} is saved" in line and "3 in a row" in line
+    assert "nan" not in line and f"step {step - 1} is saved" in line
     assert steps(workdir)[-1] == step - 1 and metrics(workdir) == metrics(straight)[: step - 1]
     assert_same_state(workdir, straight, step - 1)
