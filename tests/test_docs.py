@@ -274,7 +274,8 @@ def check_command_line(line: str) -> None:
         flag = argument.removeprefix("--").split("=")[0]
         dotted = re.sub(r"\[\d+\]", "[]", flag.removeprefix("config."))
         if flag.startswith("config."):
-            assert "config" in known and dotted in config_paths(), f"{line!r}: there is no {flag}"
+            is_there = any(f"{path}.".startswith(f"{dotted}.") for path in config_paths())  # a whole section too
+            assert "config" in known and is_there, f"{line!r}: there is no {flag}"
         else:
             assert flag in known, f"{line!r}: {command} has no flag --{flag}"
 

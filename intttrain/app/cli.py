@@ -22,7 +22,9 @@ from ml_collections import config_flags
 
 from intttrain.app.examples import with_found_configs
 from intttrain.core.config_eval import GATES, SIGNALS
+from intttrain.core.config_types import LARGEST, SEEDS
 from intttrain.core.errors import UserError, did_you_mean, explain_exit
+from intttrain.core.overrides import apply_overrides
 
 Command = Callable[[flags.FlagValues], int]
 Define = Callable[[flags.FlagValues], Any]  # adds flags
@@ -107,12 +109,18 @@ def _check_json(path: Path) -> None:
 
 
 def _parse(values: flags.FlagValues, argv: list[str]) -> None:
-    """Parses the flags; ``config_flags`` looks up overrides in ``sys.argv``, so it has to agree."""
+    """Parses the flags; ``config_flags`` looks at ``sys.argv``, so it has to agree."""
     saved, sys.argv = sys.argv, argv
     try:
-        extra = values(argv)[1:]
+        overrides: list[tuple[str, str | None]] = []
         if "config" in values:
-            values.config.to_dict()  # a file that could not be read is reported only when it is used
+            argv[1:], overrides = split_overrides(values.read_flags_from_files(argv[1:], force_gnu=False))
+        extra = values(argv)[1:]
+        check_given(values)
+        if "config" in values:  # a file that could not be read is reported only when it is used
+            values["config"].value = apply_overrides(values.config.to_dict(), overrides)
+    except UserError:
+        raise
     except Exception as error:  # a configuration file is a program of the user's, anything can come out of it
         raise UserError(_explain(error, argv)) from None
     finally:
@@ -130,10 +138,6 @@ _REWORDED = (
     (r"has no attribute 'get_config'", "--config: the file has no function get_config()"),
     (r"'(\w+)' object has no attribute 'to_dict'", "--config: get_config() returned {0}, not a ConfigDict"),
     (r"earlier failure to load: (.*)", "--config: {0}"),
-    (
-        r'Override (\S+) can not be applied because field "(\w+)" is None',
-        "{0} cannot be set: the section {1!r} is None in this configuration",
-    ),
 )
 
 
@@ -209,16 +213,18 @@ def _list(name: str, help_text: str) -> Define:
     return lambda values: flags.DEFINE_list(name, [], help_text, flag_values=values)
 
 
-def _integer(name: str, default: int | None, help_text: str) -> Define:
-    return lambda values: flags.DEFINE_integer(name, default, help_text, flag_values=values, lower_bound=0)
+def _integer(name: str, default: int | None, help_text: str, *, largest: int | None = None) -> Define:
+    return lambda values: flags.DEFINE_integer(
+        name, default, help_text, flag_values=values, lower_bound=0, upper_bound=largest
+    )
 
 
 def _switch(name: str, help_text: str) -> Define:
     return lambda values: flags.DEFINE_boolean(name, False, help_text, flag_values=values)
 
 
-def _float(name: str, default: float, help_text: str) -> Define:
-    return lambda values: flags.DEFINE_float(name, default, help_text, flag_values=values, lower_bound=0.0)
+def _float(name: str, default: float, help_text: str, *, largest: float = LARGEST) -> Define:
+    return lambda values: define_number(name, default, help_text, values, upper=largest)
 
 
 def _enum(name: str, default: str, choices: list[str], help_text: str) -> Define:
@@ -293,13 +299,13 @@ COMMANDS: dict[str, tuple[str, Define, Command]] = {
             _integer("max_new_tokens", 256, "length of the continuation"),
             _float("temperature", 0.8, "0 takes the most likely token"),
             _integer("top_k", 0, "draw from so many of the most likely tokens; 0 = all"),
-            _float("top_p", 1.0, "draw from the most likely tokens that together have this probability"),
-            _integer("seed", 0, "of the sampling"),
+            _float("top_p", 1.0, "draw from the most likely tokens that together have this probability", largest=1.0),
+            _integer("seed", 0, "of the sampling", largest=SEEDS - 1),
             _enum("update", "on", ["on", "off"], "whether the model learns while it reads"),
             _enum("gate", "always", list(GATES), "which chunks it learns from"),
             _enum("gate_signal", "reconstruction", list(SIGNALS), "what the gate looks at"),
             _enum("gate_on", "high", ["high", "low"], "which signals make a chunk worth learning"),
-            _float("gate_rate", 0.5, "wanted share of chunks"),
+            _float("gate_rate", 0.5, "wanted share of chunks", largest=1.0),
             _list("gate_thresholds", "of --gate=threshold, a TTT layer each: 0.9,0.95"),
         ),
         _command("generate_text", "generate"),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from absl import flags
 
 from intttrain import ttt
@@ -265,7 +266,7 @@ def _conditions(run: _Run) -> dict[str, Condition]:
                 gate.rule, gate.rate, gate.thresholds, model, where="eval.gates", flag="thresholds"
             )
             found[_label(gate)] = Condition(
-                model, params, model.ttt.eta, rule, settings._replace(seed=run.config.eval.seed)
+                model, params, model.ttt.eta, rule, settings._replace(seed=np.uint32(run.config.eval.seed))
             )
     if run.dense is not None:
         found["dense"] = Condition(*run.dense, 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,7 +32,9 @@ def generate_text(values: flags.FlagValues) -> int:
     open_single("intttrain generate")
     mesh = make_mesh(MeshConfig()) if jax.device_count() > 1 else None
     trained = load_trained(make_place(values.workdir), values.step, mesh=mesh)
-    sampling = Sampling(values.temperature, values.top_k, values.top_p, values.seed)
+    if values.top_k > (vocabulary := trained.config.model.vocab_size):
+        raise UserError(f"--top_k={values.top_k} is more than model.vocab_size={vocabulary}; use 0 for all tokens")
+    sampling = Sampling(values.temperature, values.top_k, values.top_p, np.uint32(values.seed))
     if not values.prompt:
         return _talk(trained, values, sampling)
     requests = [
@@ -71,10 +74,7 @@ def make_generator(
         raise UserError(
             f"--gate={values.gate}: the run has model.ttt=None, so there is no update to gate; leave it out"
         )
-    try:
-        thresholds = tuple(map(float, values.gate_thresholds))
-    except ValueError:
-        raise UserError(f"--gate_thresholds={','.join(values.gate_thresholds)}: not numbers between commas") from None
+    thresholds = _thresholds(values.gate_thresholds)
     settings = gate_settings(
         values.gate, values.gate_rate, thresholds, trained.config.model, where="--gate", flag="--gate_thresholds"
     )
@@ -82,6 +82,16 @@ def make_generator(
         trained.config.model, trained.params, rows=rows, max_tokens=max_tokens,
         eta=0.0 if values.update == "off" else None, gate=gate, settings=settings, mesh=mesh,
     )  # fmt: skip
+
+
+def _thresholds(texts: Sequence[str]) -> tuple[float, ...]:
+    try:
+        thresholds = tuple(map(float, texts))
+    except ValueError:
+        thresholds = (math.nan,)
+    if not all(map(math.isfinite, thresholds)):
+        raise UserError(f"--gate_thresholds={','.join(texts)}: these are not finite numbers between commas")
+    return thresholds
 
 
 def gate_settings(

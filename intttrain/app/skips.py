@@ -1,7 +1,7 @@
 """Steps that were not applied: which rows to look at, when to pass over them, and when to give up.
 
-A step whose loss or gradient is not finite, or whose loss is a spike, changes nothing (``train/step.py``). So there is
-nothing to undo: the run goes on behind its rows.
+A step whose loss, gradient or outcome is not finite, or whose loss is a spike, changes nothing (``train/step.py``). So
+there is nothing to undo: the run goes on behind its rows.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class BadStep:
       cursor: the data cursor before it.
       rows: the global rows to look at.
       loss, grad_norm, loss_limit: its numbers; without a limit that is infinite.
+      not_finite: the parts of what the step would have made that are not finite.
     """
 
     stage: Stage
@@ -43,13 +44,17 @@ class BadStep:
     loss: float
     grad_norm: float
     loss_limit: float
+    not_finite: tuple[str, ...]
 
     @property
     def reason(self) -> str:
         """What is wrong with its numbers."""
-        if np.isfinite(self.loss) and np.isfinite(self.grad_norm):
+        numbers = f"loss={self.loss:.4g} grad_norm={self.grad_norm:.4g}"
+        if not (np.isfinite(self.loss) and np.isfinite(self.grad_norm)):
+            return f"{numbers} is not finite"
+        if self.loss > self.loss_limit:
             return f"loss={self.loss:.4g} is above {self.loss_limit:.4g}, a spike"
-        return f"loss={self.loss:.4g} grad_norm={self.grad_norm:.4g} is not finite"
+        return f"{numbers}, but the new {' and '.join(self.not_finite)} would not be finite"
 
     @property
     def places(self) -> str:
@@ -67,7 +72,8 @@ def find_bad_step(stage: Stage, step: int, cursor: int, metrics: StepMetrics) ->
     suspects = np.flatnonzero(~(np.isfinite(row_loss_B) & (row_loss_B <= limit)))
     first = stage.first_row(cursor)
     rows = [first + int(row) for row in (suspects if len(suspects) else range(len(row_loss_B)))]
-    return BadStep(stage, step, cursor, rows, float(metrics.loss), float(metrics.grad_norm), limit)
+    numbers = float(metrics.loss), float(metrics.grad_norm), limit, metrics.finite.broken
+    return BadStep(stage, step, cursor, rows, *numbers)
 
 
 class Skips:

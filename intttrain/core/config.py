@@ -27,11 +27,14 @@ from intttrain.core.config_problems import explain_problem
 from intttrain.core.config_train import STAGE_KEYS, AdamWConfig, CheckpointConfig, ScheduleConfig, TrainConfig
 from intttrain.core.config_types import (
     STRICT,
+    AboveOne,
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    ScalingFactor,
+    Seed,
     Switch,
 )
 from intttrain.core.dotted import flatten, unflatten
@@ -58,7 +61,7 @@ class Llama3Scaling:
     """RoPE scaling of Llama 3.1 (long wavelengths divided by ``factor``, smooth in between)."""
 
     kind: Literal["llama3"]
-    factor: PositiveFloat
+    factor: ScalingFactor
     low_freq_factor: PositiveFloat
     high_freq_factor: PositiveFloat
     original_max_position: PositiveInt
@@ -69,7 +72,7 @@ class YarnScaling:
     """YaRN (arXiv 2309.00071): per-frequency interpolation and an attention temperature."""
 
     kind: Literal["yarn"]
-    factor: PositiveFloat
+    factor: ScalingFactor
     original_max_position: PositiveInt
     beta_fast: PositiveFloat = 32.0
     beta_slow: PositiveFloat = 1.0
@@ -79,7 +82,7 @@ class YarnScaling:
 class RopeConfig:
     """Rotary position embedding, rotating halves as Hugging Face does."""
 
-    theta: PositiveFloat
+    theta: AboveOne
     scaling: Annotated[Llama3Scaling | YarnScaling, Field(discriminator="kind")] | None = None
 
 
@@ -163,7 +166,7 @@ class PrepareConfig:
     source: Annotated[TextSource | SeqioSource | TfdsSource, Field(discriminator="kind")]
     tokenizer: TokenizerConfig
     heldout_fraction: Fraction = 0.05  # documents set apart, chosen by a hash of their name
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -182,7 +185,7 @@ class DataConfig:
     heldout: str | None
     seq_len: PositiveInt  # T, tokens per row
     align_documents: PositiveInt = 1  # documents start at multiples of this (1 = packed without padding)
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     prefetch_rows: PositiveInt = 16  # rows read ahead on the host
 
 
@@ -348,6 +351,26 @@ def _check_model(model: ModelConfig) -> None:
         raise UserError(f"model.head_dim={model.head_dim} must be even for RoPE; use {model.head_dim + 1}")
     if model.attention == "banded" and model.sliding_window is None:
         raise UserError('model.attention="banded" needs model.sliding_window; set a window or use "auto"')
+    _check_scaling(model.rope.scaling)
+
+
+def _check_scaling(scaling: Llama3Scaling | YarnScaling | None) -> None:
+    """Checks that slow and fast channels do not cross: the formulas would divide by 0 or swap them."""
+    match scaling:
+        case Llama3Scaling(low_freq_factor=low, high_freq_factor=high) if low >= high:
+            raise UserError(
+                f"model.rope.scaling.low_freq_factor={low} must be below high_freq_factor={high}; Llama 3.1 has 1.0 "
+                "and 4.0"
+            )
+        case YarnScaling(beta_fast=fast, beta_slow=slow) if slow >= fast:
+            raise UserError(
+                f"model.rope.scaling.beta_slow={slow} must be below beta_fast={fast}; YaRN has 1.0 and 32.0"
+            )
+        case YarnScaling(beta_slow=slow, original_max_position=tokens) if tokens <= 2 * math.pi * slow:
+            raise UserError(
+                f"model.rope.scaling.original_max_position={tokens}: no channel turns beta_slow={slow} times in so few "
+                f"tokens; use the context before scaling, {math.floor(2 * math.pi * slow) + 1} or more"
+            )
 
 
 def _check_ttt(config: Config, ttt: TTTConfig) -> None:
@@ -397,7 +420,13 @@ def _check_train(config: Config) -> None:
             f"train.profile_steps={train.profile_steps} is not (FIRST, LAST); use for example "
             f"({train.profile_steps[0]}, {train.profile_steps[0] + 2}), or () for no trace"
         )
-    schedule = train.schedule
+    schedule, decay = train.schedule, train.optimizer.weight_decay
+    if schedule.peak_learning_rate * decay >= 1:
+        raise UserError(
+            f"train.schedule.peak_learning_rate={schedule.peak_learning_rate} times train.optimizer.weight_decay="
+            f"{decay} is 1 or more: every step would wipe out the weights; use a weight decay below "
+            f"{1 / schedule.peak_learning_rate:.3g}, 0.1 is usual"
+        )
     if schedule.kind == "cosine" and schedule.decay_steps:
         raise UserError(
             f'train.schedule.decay_steps={schedule.decay_steps} has no meaning with kind="cosine", which decays from '

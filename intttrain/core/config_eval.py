@@ -7,7 +7,16 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from intttrain.core.config_types import STRICT, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from intttrain.core.config_types import (
+    STRICT,
+    FiniteFloat,
+    Fraction,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    Switch,
+)
 
 # What generation may be gated by, and what a gate may look at (docs/gating.md).
 GATES = ("always", "never", "random", "periodic", "online", "threshold")
@@ -30,7 +39,7 @@ class RulerConfig:
     tasks: tuple[RulerTask, ...] = RulerTask.__args__  # type: ignore[attr-defined]
     lengths: tuple[PositiveInt, ...] = (4096,)  # tokens of prompt and answer together
     samples: PositiveInt = 20  # of each task and length
-    seed: NonNegativeInt = 42
+    seed: Seed = 42
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -43,7 +52,7 @@ class CodeConfig:
     max_new_tokens: PositiveInt = 512
     temperature: NonNegativeFloat = 0.0
     top_p: Fraction = 1.0
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     seconds: PositiveFloat = 3.0  # for one completion's tests
     memory_mib: PositiveInt = 1024
 
@@ -56,8 +65,8 @@ class GateConfig:
     signal: GateSignal = "reconstruction"
     update_on: Literal["high", "low"] = "high"
     rate: Fraction = 0.5
-    thresholds: tuple[float, ...] = ()  # of ``threshold``, one for each TTT layer (``--task=calibrate``)
-    shared: bool = False  # one decision for all TTT layers
+    thresholds: tuple[FiniteFloat, ...] = ()  # of ``threshold``, one for each TTT layer (``--task=calibrate``)
+    shared: Switch = False  # one decision for all TTT layers
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -80,7 +89,7 @@ class GatingConfig:
     oracles: tuple[Oracle, ...] = ("rollout_always", "rollout_never")
     random_seeds: Annotated[int, Field(ge=10, strict=True)] = 10  # of the blind decisions that a rule is compared with
     calibration_documents: PositiveInt = 32  # training documents that thresholds are taken from
-    shared: bool = False  # one decision for all TTT layers
+    shared: Switch = False  # one decision for all TTT layers
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -94,7 +103,7 @@ class EvalConfig:
     reading: Literal["rows", "chunks"] = "rows"  # whole rows at once, or chunk by chunk, as generation reads
     batch_rows: PositiveInt = 8
     bootstrap_samples: PositiveInt = 1000
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     every_steps: PositiveInt | None = None  # of training, which then evaluates the live parameters; None = never
     gates: tuple[GateConfig, ...] = ()  # more conditions of context, ruler and code
     context: ContextConfig = ContextConfig()

@@ -17,6 +17,13 @@ def explain_problem(problem: Any, root: Any) -> str:
             return f"unknown key {dotted}{did_you_mean(path[-1], [f.name for f in dataclasses.fields(section)])}"
         case "missing" | "missing_argument":
             return f"{dotted} is not set"
+        case "union_tag_not_found":
+            tags = " or ".join(map(repr, _tags(section, path[-1])))
+            return f"{dotted}={problem['input']!r}: kind is not set; it is {tags}"
+        case "union_tag_invalid":
+            return f"{dotted}.kind={problem['ctx']['tag']!r}: it must be one of {problem['ctx']['expected_tags']}"
+        case "value_error":
+            return f"{dotted}={problem['input']!r}: {problem['ctx']['error']}"
         case _:
             return f"{dotted}={problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
 
@@ -44,6 +51,11 @@ def _sections_in(hint: Any) -> list[Any]:
     if dataclasses.is_dataclass(hint):
         return [hint]
     return [cls for part in get_args(hint) for cls in _sections_in(part)]
+
+
+def _tags(section: Any, name: str) -> list[str]:
+    """Returns the kinds to choose from for a field of ``section``."""
+    return [_tag(cls) for cls in _sections_in(get_type_hints(section)[name])]
 
 
 def _tag(cls: Any) -> str:

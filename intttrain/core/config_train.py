@@ -7,15 +7,24 @@ from typing import Any, Literal
 
 from pydantic.dataclasses import dataclass
 
-from intttrain.core.config_types import STRICT, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from intttrain.core.config_types import (
+    STRICT,
+    Fraction,
+    MomentDecay,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+)
 
 
 @dataclass(frozen=True, config=STRICT)
 class AdamWConfig:
     """AdamW with decoupled weight decay (none on norms)."""
 
-    b1: Fraction = 0.9
-    b2: Fraction = 0.95
+    b1: MomentDecay = 0.9
+    b2: MomentDecay = 0.95
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.1
     clip_norm: PositiveFloat = 1.0  # global gradient norm
@@ -84,5 +93,5 @@ class TrainConfig:
     profile_steps: tuple[PositiveInt, ...] = ()  # first and last step of a profiler trace; () = none
     wandb_project: str | None = None  # of Weights & Biases, which then receives the metrics too
     watchdog_seconds: PositiveInt | None = 600  # a step that takes longer hangs; other phases get 6 times as long
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     stages: tuple[StageConfig, ...] = ()  # in order, the last until num_steps; () = the run is one

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
 
 class Sampling(NamedTuple):
@@ -17,15 +18,15 @@ class Sampling(NamedTuple):
 
     Attributes:
       temperature: logits are divided by it; 0 takes the most likely token, whatever the other fields say.
-      top_k: only so many of the most likely tokens take part; 0 = all.
-      top_p: only the most likely tokens that together have this probability, at least one; 1 = all.
+      top_k: only so many of the most likely tokens take part, and those as likely as the last; 0 = all.
+      top_p: of those, only the most likely that together have this share of their probability, at least one; 1 = all.
       seed: a row's draws depend on it, on the row's own number and on the position, not on its neighbours.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
-    seed: int = 0
+    seed: int | np.uint32 = 0  # jit takes a Python int below 2^31 only
 
 
 def sample_tokens(
@@ -39,17 +40,33 @@ def sample_tokens(
       row_B: number of the sequence, which with ``position_B`` and the seed makes the key of a draw.
       position_B: of the token that is drawn.
     """
-    vocabulary = logits_BV.shape[1]
     scaled_BV = logits_BV / jnp.maximum(sampling.temperature, 1e-6)
-    ordered_BV = jnp.sort(scaled_BV, axis=1, descending=True)
-    last_kept = jnp.where(jnp.asarray(sampling.top_k) > 0, jnp.minimum(sampling.top_k, vocabulary), vocabulary) - 1
-    before_BV = jnp.cumsum(jax.nn.softmax(ordered_BV, axis=1), axis=1) - jax.nn.softmax(ordered_BV, axis=1)
-    in_nucleus_B = jnp.sum(before_BV < sampling.top_p, axis=1)
-    last_B = jnp.clip(jnp.minimum(in_nucleus_B - 1, last_kept), 0, vocabulary - 1)
-    least_B1 = jnp.take_along_axis(ordered_BV, last_B[:, None], axis=1)
+    kept_BV = kept_tokens(scaled_BV, sampling)
     keys_B = jax.vmap(lambda row, at: jax.random.fold_in(jax.random.fold_in(jax.random.key(sampling.seed), row), at))(
         row_B, position_B
     )
-    drawn_B = jax.vmap(jax.random.categorical)(keys_B, jnp.where(scaled_BV >= least_B1, scaled_BV, -jnp.inf))
+    drawn_B = jax.vmap(jax.random.categorical)(keys_B, jnp.where(kept_BV, scaled_BV, -jnp.inf))
     greedy_B = jnp.argmax(logits_BV, axis=1)
     return jnp.where(jnp.asarray(sampling.temperature) > 0, drawn_B, greedy_B).astype(jnp.int32)
+
+
+def kept_tokens(scaled_BV: Float[Array, "B V"], sampling: Sampling) -> Bool[Array, "B V"]:
+    """Returns the tokens that may be drawn: ``top_k`` first, then ``top_p`` of what that leaves, as transformers does.
+
+    Of equally likely tokens at the edge of ``top_p`` as many stay as there, those with the largest ids.
+
+    Args:
+      scaled_BV: logits divided by the temperature, fp32.
+      sampling: see there.
+    """
+    vocabulary = scaled_BV.shape[1]
+    ordered_BV = jnp.sort(scaled_BV, axis=1)  # the most likely last
+    count = jnp.where(jnp.asarray(sampling.top_k) > 0, jnp.minimum(sampling.top_k, vocabulary), vocabulary)
+    in_top_k_BV = ordered_BV >= jnp.take(ordered_BV, vocabulary - count, axis=1)[:, None]
+    up_to_BV = jnp.cumsum(jax.nn.softmax(jnp.where(in_top_k_BV, ordered_BV, -jnp.inf), axis=1), axis=1)
+    in_top_p_BV = (up_to_BV > 1.0 - sampling.top_p) | (jnp.asarray(sampling.top_p) >= 1.0)
+    kept_B = jnp.maximum(jnp.sum(in_top_k_BV & in_top_p_BV, axis=1), 1)
+    least_B1 = jnp.take_along_axis(ordered_BV, vocabulary - kept_B[:, None], axis=1)
+    above_BV, equal_BV = scaled_BV > least_B1, scaled_BV == least_B1
+    wanted_B1 = (kept_B - jnp.sum(above_BV, axis=1))[:, None]
+    return above_BV | (equal_BV & (jnp.cumsum(equal_BV[:, ::-1], axis=1)[:, ::-1] <= wanted_B1))

@@ -6,6 +6,7 @@ Letters: B row, T tokens, n TTT layers, M chunks. Losses travel as (sum, weight)
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, NotRequired, TypedDict, cast
 
@@ -38,7 +39,7 @@ class LossStatistics(NamedTuple):
 class TrainState(TypedDict):
     """Everything that changes during training, as one tree of arrays.
 
-    ``step`` counts applied updates. ``healthy`` turns false at the first step whose loss or gradient is not
+    ``step`` counts applied updates. ``healthy`` turns false at the first step whose loss, gradient or new state is not
     finite or whose loss is a spike; from then on nothing changes any more, so the state is the one before that step.
     """
 
@@ -48,6 +49,25 @@ class TrainState(TypedDict):
     healthy: jax.Array
     rng: jax.Array  # uint32 key data, the root of anything random inside a step
     losses: NotRequired[LossStatistics]  # with train.skip.spike_deviations
+
+
+class Finite(NamedTuple):
+    """Whether every number is finite, of each part of what a step would make; scalars.
+
+    ``loss_statistics`` is ``None`` without ``train.skip.spike_deviations``.
+    """
+
+    update: Value
+    parameters: Value
+    optimizer_state: Value
+    loss_statistics: Value | None
+
+    @property
+    def broken(self) -> tuple[str, ...]:
+        """Names of the parts that are not; on the host."""
+        return tuple(
+            name.replace("_", " ") for name, finite in self._asdict().items() if finite is not None and not finite
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -61,6 +81,7 @@ class StepMetrics:
       tokens: labelled tokens.
       grad_norm: global norm before clipping.
       learning_rate, eta: what this step used; ``eta`` is 0 without TTT.
+      finite: what of the outcome, applied or not, is finite.
       healthy: whether the update was applied.
       loss_limit: above which a loss is a spike; ``None`` without ``train.skip.spike_deviations``.
       ttt: per TTT layer, mean size of an update and largest state, relative to W0; ``None`` without TTT.
@@ -72,6 +93,7 @@ class StepMetrics:
     grad_norm: Value
     learning_rate: Value
     eta: Value
+    finite: Finite
     healthy: Value
     loss_limit: Value | None
     ttt: dict[str, Value] | None
@@ -124,13 +146,11 @@ def make_train_step(config: Config) -> StepFunction:
             healthy &= loss <= limit
 
         clipped = clip_by_norm(grads, grad_norm, config.train.optimizer.clip_norm)
-        updates, opt_state = optimizer.update(clipped, state["opt_state"], state["params"])
-        proposed: TrainState = {
-            **state, "params": optax.apply_updates(state["params"], updates), "opt_state": opt_state,
-            "step": state["step"] + 1,
-        }  # fmt: skip
-        if limit is not None:
-            proposed["losses"] = _with_loss(state["losses"], loss)
+        # Made once more only to be judged, which reads the state twice. Were both one to the compiler, it would keep
+        # the whole outcome until the last number of it is judged.
+        finite = _judge(*_propose(optimizer, jax.lax.optimization_barrier(state), clipped, loss))
+        healthy &= functools.reduce(jnp.logical_and, jax.tree.leaves(finite))
+        _, proposed = _propose(optimizer, state, clipped, loss)
         after = jax.tree.map(lambda new, old: new if new is old else jnp.where(healthy, new, old), proposed, state)
         metrics = StepMetrics(
             loss=loss,
@@ -139,6 +159,7 @@ def make_train_step(config: Config) -> StepFunction:
             grad_norm=grad_norm,
             learning_rate=schedule(state["step"]),
             eta=eta,
+            finite=finite,
             healthy=healthy,
             loss_limit=limit,
             ttt=sums.ttt,
@@ -156,6 +177,35 @@ class _Sums:
     nll_B: jax.Array
     weight_B: jax.Array
     ttt: dict[str, jax.Array] | None
+
+
+def _propose(
+    optimizer: optax.GradientTransformation, state: TrainState, clipped: Params, loss: jax.Array
+) -> tuple[Params, TrainState]:
+    """Returns the update, and the state that a healthy step leaves."""
+    updates, opt_state = optimizer.update(clipped, state["opt_state"], state["params"])
+    proposed: TrainState = {
+        **state, "params": optax.apply_updates(state["params"], updates), "opt_state": opt_state,
+        "step": state["step"] + 1,
+    }  # fmt: skip
+    if "losses" in state:
+        proposed["losses"] = _with_loss(state["losses"], loss)
+    return updates, proposed
+
+
+def _judge(updates: Params, proposed: TrainState) -> Finite:
+    losses = proposed.get("losses")
+    return Finite(
+        _is_finite(updates),
+        _is_finite(proposed["params"]),
+        _is_finite(proposed["opt_state"]),
+        None if losses is None else _is_finite(losses),
+    )
+
+
+def _is_finite(tree: Any) -> jax.Array:
+    leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
+    return functools.reduce(jnp.logical_and, leaves)
 
 
 def _loss_limit(losses: LossStatistics, deviations: float) -> jax.Array:

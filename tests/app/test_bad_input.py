@@ -66,6 +66,20 @@ def new(tmp_path: Path) -> Path:
         ("generate --workdir=gs://bucket --prompt=a", ["--workdir=gs://bucket is neither", "gs://BUCKET/FOLDER"]),
         ("export --workdir={new} --output=gs://bucket/out", ["--output=gs://bucket/out is a URL", "a local folder"]),
         ("train {config} --workdir={new} --json={root}/data", ["--json={root}/data is a folder"]),
+        ("generate --workdir={new} --top_p=2", ["--top_p=2", "from 0 to 1"]),
+        ("generate --workdir={new} --top_p=nan", ["--top_p=nan", "from 0 to 1"]),
+        ("generate --workdir={new} --temperature=nan", ["--temperature=nan", "from 0 to"]),
+        ("generate --workdir={new} --temperature=inf", ["--temperature=inf", "from 0 to"]),
+        ("generate --workdir={new} --temperature=hot", ["--temperature=hot"]),
+        ("generate --workdir={new} --gate_rate=1.5", ["--gate_rate=1.5", "from 0 to 1"]),
+        ("generate --workdir={new} --top_k=8.0", ["--top_k=8.0"]),
+        ("generate --workdir={new} --seed=4294967296", ["--seed=4294967296", "[0, 4294967295]"]),
+        ("generate --workdir={new} --seed=1 --seed=2", ["--seed is given 2 times"]),
+        ("eval {config} --workdir={new} --follow=perhaps", ["--follow=perhaps"]),
+        ("train {config} --workdir=", ["--workdir= is empty"]),
+        ("config {config} --json=", ["--json= is empty"]),
+        ("plan {config} --topology=v6e:8x8 --sweep=", ["--sweep= is empty"]),
+        ("generate --workdir={new} --config.name=x", ["Unknown command line flag 'config.name'"]),
     ],
 )
 def test_commands_and_flags(world: World, new: Path, command: str, wanted: list[str]) -> None:
@@ -79,6 +93,40 @@ def test_help_is_no_error(world: World) -> None:
         outcome = done(command, "--help")
         assert outcome.out.startswith(f"intttrain {command}: ") and "--json" in outcome.out
     assert "--stop_at_step" in done("train", "--help").out
+
+
+def test_numbers_that_only_the_run_can_judge(straight: Path, new: Path, world: World) -> None:
+    for flag, wanted in (
+        ("--top_k=258", "--top_k=258 is more than model.vocab_size=257"),
+        ("--gate=threshold --gate_thresholds=nan", "--gate_thresholds=nan: these are not finite numbers"),
+        ("--gate=threshold --gate_thresholds=high", "--gate_thresholds=high: these are not finite numbers"),
+    ):
+        refused(world, new, f"generate --workdir={straight} --prompt=a {flag}", wanted)
+
+
+def test_the_largest_seed_draws(straight: Path) -> None:
+    flags = ("--prompt=a", "--max_new_tokens=4", f"--seed={2**32 - 1}", "--gate=random", "--gate_rate=0.5")
+    assert done("generate", f"--workdir={straight}", *flags).out.startswith("a")
+
+
+def test_none_on_the_command_line_is_none(world: World) -> None:
+    flags = ("data.heldout", "model.ttt", "mesh.fsdp", "eval.every_steps", "model.rope.scaling")
+    out = done("config", world.config, *(f"--config.{flag}=None" for flag in flags)).out
+    assert all(f"{flag} None" in " ".join(out.split()) for flag in flags)
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_reader_that_leaves_is_no_error(world: World, tmp_path: Path, stream: str) -> None:
+    """Even at the first byte: the result is there, nothing is said, and the status is that of the command."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "intttrain", "config", world.config, f"--json={tmp_path / 'result.json'}"]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {stream: write}
+    environment = {**os.environ, "PYTHONPATH": str(REPO)}
+    result = subprocess.run(command, env=environment, cwd=tmp_path, check=False, **streams)
+    os.close(write)
+    assert (result.returncode, result.stderr or b"") == (0, b"")
+    assert json.loads((tmp_path / "result.json").read_text())["config"]["name"] == "small-ttt"
 
 
 def test_program_answers_bad_flags_without_loading_jax(tmp_path: Path) -> None:
@@ -99,10 +147,17 @@ def test_program_answers_bad_flags_without_loading_jax(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "wanted"),
     [
-        ("--config.modle.d_model=8", ["unknown configuration key modle", 'did you mean "model"']),
-        ("--config.train.num_step=8", ["unknown configuration key num_step", 'did you mean "num_steps"']),
-        ("--config.train.schedule.peak_lr=1", ["unknown configuration key peak_lr", "intttrain config"]),
-        ("--config.train.num_steps=many", ["--config.train.num_steps=many", "int"]),
+        ("--config.modle.d_model=8", ["unknown configuration key modle", "did you mean 'model'?"]),
+        ("--config.train.num_step=8", ["unknown configuration key train.num_step", "did you mean 'num_steps'?"]),
+        ("--config.train.schedule.peak_lr=1", ["key train.schedule.peak_lr", "peak_learning_rate, warmup_steps"]),
+        ("--config.train.num_steps=many", ["--config.train.num_steps=many", "no whole number"]),
+        ("--config.train.seed=4294967296", ["train.seed=4294967296", "less than 4294967296"]),
+        ("--config.train.optimizer.b2=1.0", ["train.optimizer.b2=1.0", "1 in fp32", "0.95"]),
+        ("--config.data.train[1].path=x", ["data.train has no entry 1, the last is data.train[0]"]),
+        ("--config.model.rope.scaling=yarn", ["--config.model.rope.scaling=yarn", "'kind': 'llama3'"]),
+        ("--config.train.seed=1 --config.train.seed=2", ["--config.train.seed is given twice"]),
+        ("--noconfig.model.tie_embeddings=1", ["--noconfig.model.tie_embeddings takes no value"]),
+        ("--config.data.heldout=None --config.eval.every_steps=5", ["eval.every_steps=5 needs data.heldout"]),
         ("--config.train.profile_steps=(5,2)", ["train.profile_steps=(5, 2)", "use for example (5, 7)"]),
         ("--config.train.num_steps=0", ["train.num_steps=0", "greater than 0"]),
         ("--config.model.family=gpt", ["model.family='gpt'", "'qwen3' or 'llama'"]),
@@ -120,7 +175,7 @@ def test_values(world: World, new: Path, flags: str, wanted: list[str]) -> None:
 
 
 def test_section_that_the_variant_does_not_have(world: World, new: Path) -> None:
-    refused(world, new, "train {config}:dense --workdir={new} --config.model.ttt.eta=1", "'ttt' is None")
+    refused(world, new, "train {config}:dense --workdir={new} --config.model.ttt.eta=1", "model.ttt is None; give all")
 
 
 @pytest.mark.parametrize(

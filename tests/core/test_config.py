@@ -36,6 +36,12 @@ def refusal(**changes: Any) -> str:
     return message
 
 
+YARN = {"kind": "yarn", "factor": 4.0, "original_max_position": 32768}
+LLAMA3 = {
+    "kind": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position": 8192,
+}  # fmt: skip
+
+
 # --- accepted ----------------------------------------------------------------------------------------------------
 
 
@@ -243,6 +249,26 @@ def test_unknown_key_that_is_also_the_name_of_a_kind(name):
         ({"model": 3}, "model", "3"),
         ({"train__optimizer": None}, "train.optimizer", "None"),
         ({"name": 3}, "name", "3"),
+        ({"train__optimizer__b1": 1.0}, "train.optimizer.b1", "1.0"),
+        ({"train__optimizer__b2": 1.0}, "train.optimizer.b2", "1.0"),
+        ({"train__optimizer__b2": 1 - 1e-9}, "train.optimizer.b2", "0.999999999"),
+        ({"train__optimizer__eps": 1e-50}, "train.optimizer.eps", "1e-50"),
+        ({"train__optimizer__eps": 1e-40}, "train.optimizer.eps", "1e-40"),
+        ({"train__optimizer__clip_norm": 1e-39}, "train.optimizer.clip_norm", "1e-39"),
+        ({"train__schedule__peak_learning_rate": 1e39}, "train.schedule.peak_learning_rate", "1e+39"),
+        ({"model__norm_eps": 1e-46}, "model.norm_eps", "1e-46"),
+        ({"model__ttt__eta": 1e39}, "model.ttt.eta", "1e+39"),
+        ({"model__ttt__delta_clip": 1e-42}, "model.ttt.delta_clip", "1e-42"),
+        ({"model__rope__theta": 1.0}, "model.rope.theta", "1.0"),
+        ({"train__seed": 2**32}, "train.seed", "4294967296"),
+        ({"data__seed": 2**32}, "data.seed", "4294967296"),
+        ({"prepare__seed": 2**32}, "prepare.seed", "4294967296"),
+        ({"eval__seed": -1}, "eval.seed", "-1"),
+        ({"eval__ruler__seed": 2**32}, "eval.ruler.seed", "4294967296"),
+        ({"eval__code__seed": 2**32}, "eval.code.seed", "4294967296"),
+        ({"eval__gates": [{"rule": "threshold", "thresholds": ["0.9"]}]}, "eval.gates.0.thresholds.0", "'0.9'"),
+        ({"eval__gates": [{"rule": "threshold", "thresholds": [float("nan")]}]}, "eval.gates.0.thresholds.0", "nan"),
+        ({"eval__gating__shared": "yes"}, "eval.gating.shared", "'yes'"),
         ({"prepare__heldout_fraction": 1.5}, "prepare.heldout_fraction", "1.5"),
         ({"data__train": "store"}, "data.train", "'store'"),
         ({"data__train": [{"path": "a", "weight": 0.0}]}, "data.train.0.weight", "0.0"),
@@ -259,7 +285,9 @@ def test_wrong_value_is_named_with_its_path(changes, dotted, value):
         ({"model__family": "qwen"}, ["'qwen3'", "'llama'"]),
         ({"model__ttt__target": "input_embeds"}, ["'input_embed'", "'hidden_states'", "'next_hidden'"]),
         ({"train__schedule__kind": "linear"}, ["'cosine'", "'wsd'"]),
-        ({"prepare__source": {"kind": "web", "name": "x"}}, ["'text'", "'seqio'", "'tfds'"]),
+        ({"prepare__source": {"kind": "web", "name": "x"}}, ["prepare.source.kind='web'", "'text', 'seqio', 'tfds'"]),
+        ({"prepare__source": {"name": "x"}}, ["prepare.source=", "kind is not set", "'text' or 'seqio' or 'tfds'"]),
+        ({"model__rope__scaling": {"factor": 2.0}}, ["model.rope.scaling=", "'llama3' or 'yarn'"]),
     ],
 )
 def test_wrong_choice_lists_all_choices(changes, choices):
@@ -309,6 +337,14 @@ def test_all_problems_are_reported_together():
         ({"model__num_kv_heads": 8}, ["model.num_kv_heads=8", "model.num_heads=4", "4]"]),
         ({"model__head_dim": 31}, ["model.head_dim=31", "even", "32"]),
         ({"model__attention": "banded"}, ['model.attention="banded"', "model.sliding_window"]),
+        ({"model__rope__scaling": LLAMA3 | {"low_freq_factor": 4.0}}, ["low_freq_factor=4.0", "high_freq_factor=4.0"]),
+        ({"model__rope__scaling": LLAMA3 | {"low_freq_factor": 8.0}}, ["low_freq_factor=8.0", "must be below"]),
+        ({"model__rope__scaling": YARN | {"beta_slow": 32.0}}, ["beta_slow=32.0", "beta_fast=32.0", "must be below"]),
+        ({"model__rope__scaling": YARN | {"original_max_position": 6}}, ["original_max_position=6", "7 or more"]),
+        (
+            {"train__schedule__peak_learning_rate": 0.5, "train__optimizer__weight_decay": 2.0},
+            ["peak_learning_rate=0.5", "weight_decay=2.0", "below 2,"],
+        ),
         ({"train__microbatches": 3}, ["train.microbatches=3", "train.batch_rows=8", "[2, 4, 8]"]),
         ({"data__align_documents": 1000}, ["data.align_documents=1000", "data.seq_len=1024", "1024"]),
         ({"train__schedule__decay_steps": 9}, ["train.schedule.decay_steps=9", "cosine", "wsd"]),
@@ -338,6 +374,24 @@ def test_contradiction_names_both_values_and_a_way_out(changes, mentions):
 def test_the_proposed_warmup_is_valid(fix):
     proposed = int(refusal(**fix).split("use warm-up ")[1].split()[0])
     resolve_with(**fix, train__schedule__warmup_steps=proposed)
+
+
+def test_scaling_that_would_speed_positions_up_is_refused():
+    for scaling in (YARN, LLAMA3):
+        message = refusal(model__rope__scaling=scaling | {"factor": 0.5})
+        assert message.startswith("model.rope.scaling.factor=0.5: ") and "1" in message
+
+
+def test_the_largest_seed_is_one_of_its_own():
+    assert resolve_with(train__seed=2**32 - 1).train.seed == 2**32 - 1
+
+
+def test_a_stage_holds_to_the_same_rules():
+    stages = [{"until_step": 1000, "overrides": {"model.ttt.eta": float("nan")}}]
+    message = refusal(train__stages=stages)
+    assert message.startswith("train.stages[0]: model.ttt.eta=nan: ")
+    stages = [{"until_step": 1000, "overrides": {"model.rope.scaling": LLAMA3 | {"low_freq_factor": 9.0}}}]
+    assert "low_freq_factor=9.0" in refusal(train__stages=stages)
 
 
 def test_the_proposed_chunk_divides_every_row_it_has_to():

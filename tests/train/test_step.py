@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from intttrain.core.config import Config, default_config, resolve
@@ -203,6 +204,87 @@ def test_a_loss_that_is_finite_with_a_gradient_that_is_not_changes_nothing(monke
     assert not np.isfinite(float(metrics.grad_norm))
     assert not bool(metrics.healthy)
     assert_same_tree(saved_part(after), saved_part(start()))
+
+
+LARGEST = float(np.finfo(np.float32).max)
+SPOILED = {
+    "nan": np.nan,
+    "infinite": np.inf,
+    "too large": LARGEST,
+}  # what step 1, 2, 3 adds to one number of its update
+UNTIED = dataclasses.replace(BASE, model=dataclasses.replace(BASE.model, tie_embeddings=False))
+SPIKES = with_train(UNTIED, skip=dataclasses.replace(BASE.train.skip, spike_deviations=3.0))
+
+
+@functools.cache
+def spoiled_step(config: Config) -> Any:
+    """A step whose optimizer fails as its count says: in one number of the update, or (4) in its second moments."""
+    make_optimizer = step_module.make_optimizer
+
+    def make_spoiled(*args):
+        optimizer = make_optimizer(*args)
+
+        def update(*given):
+            updates, (adam, *rest) = optimizer.update(*given)
+            extra = jnp.asarray([0.0, *SPOILED.values(), 0.0, 0.0], jnp.float32)[adam.count]
+            embed = updates["embed"]["weight"].at[5, 3].add(extra)
+            nu = jax.tree.map(lambda nu: jnp.where(adam.count == 4, jnp.inf, nu), adam.nu)
+            return updates | {"embed": {"weight": embed}}, (adam._replace(nu=nu), *rest)
+
+        return optax.GradientTransformation(optimizer.init, update)
+
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(step_module, "make_optimizer", make_spoiled)
+        return jax.jit(make_train_step(config), compiler_options=FAST)
+
+
+@pytest.mark.parametrize("config", [UNTIED, with_train(SPIKES, microbatches=2)], ids=["plain", "spikes, microbatches"])
+@pytest.mark.parametrize(
+    ("count", "broken"),
+    [(1, ("update", "parameters")), (2, ("update", "parameters")), (3, ("parameters",)), (4, ("optimizer state",))],
+    ids=[*SPOILED, "moments"],
+)
+def test_an_outcome_that_is_not_finite_is_not_applied(config, count, broken):
+    """Loss and gradient are those of a healthy step: no text of the batch has token 5."""
+    batch = dataclasses.replace(BATCH, tokens_BT=np.where(BATCH.tokens_BT == 5, 4, BATCH.tokens_BT))
+    before = fresh(config)
+    embed = before["params"]["embed"]["weight"].at[5, 3].set(LARGEST if count == 3 else 1.0)
+    adam, *rest = before["opt_state"]
+    before = before | {
+        "params": before["params"] | {"embed": {"weight": embed}},
+        "opt_state": (adam._replace(count=jnp.int32(count - 1)), *rest),
+    }
+    after, metrics = spoiled_step(config)(before, batch)
+    assert np.isfinite(float(metrics.loss)) and np.isfinite(float(metrics.grad_norm))
+    assert metrics.finite.broken == broken
+    assert not bool(metrics.healthy) and not bool(after["healthy"])
+    assert_same_tree({**after, "healthy": before["healthy"]}, before)
+
+
+@functools.cache
+def fresh(config: Config) -> Any:
+    return jax.jit(lambda: init_state(config), compiler_options=FAST)()
+
+
+def test_a_loss_whose_statistics_would_overflow_is_not_applied(monkeypatch):
+    """Squared it is infinite, and a variance of infinity would let every later spike pass."""
+    loss_sums = step_module._loss_sums
+
+    def far_away(config, params, batch, eta):
+        total, sums = loss_sums(config, params, batch, eta)
+        return total, dataclasses.replace(sums, nll_B=sums.nll_B + 1e25)
+
+    monkeypatch.setattr(step_module, "_loss_sums", far_away)
+    before = fresh(SPIKES)
+    after, metrics = jax.jit(make_train_step(SPIKES), compiler_options=FAST)(before, BATCH)
+    assert np.isfinite(float(metrics.loss)) and metrics.loss_limit == np.inf
+    assert metrics.finite.broken == ("loss statistics",)
+    assert_same_tree({**after, "healthy": before["healthy"]}, before)
+
+
+def test_every_part_of_a_healthy_outcome_is_finite():
+    finite = compiled(BASE)(start(), BATCH)[1].finite
+    assert finite.broken == () and finite.loss_statistics is None
 
 
 def test_a_batch_without_labels_is_harmless():

@@ -115,7 +115,7 @@ def _ask(
     if not places:
         return
     wanted = [questions[place] for place in places]
-    sampling = Sampling(temperature=code.temperature, top_p=code.top_p, seed=code.seed)
+    sampling = Sampling(temperature=code.temperature, top_p=code.top_p, seed=np.uint32(code.seed))
     progress = Progress(f"{condition} HumanEval", total=len(wanted), stream=LineStream(report))
     prompts = [question.problem.prompt for question in wanted]
     for number, text in complete(
