@@ -25,7 +25,7 @@ from intttrain.core.sharding import pieces_of
 from intttrain.model import FLOP_RULE, kept_values, model_flops_per_token
 from intttrain.planner.attention_cost import attention_model
 from intttrain.planner.collectives import Traffic, read_collectives, sum_traffic
-from intttrain.planner.cost import Cost, Unpriced, step_cost
+from intttrain.planner.cost import COLLECTIVE, Cost, Unpriced, step_cost
 from intttrain.planner.hlo import parse_module
 from intttrain.planner.kernels import KernelModel, stated_kernel_cost
 from intttrain.planner.loops import execution_counts
@@ -54,7 +54,8 @@ class Prediction:
       mfu: model FLOPs by ``flop_rule`` over the peak of all chips.
       flop_rule: in words.
       unknown: kinds of work without an estimate that may matter, "OPCODE at FILE:LINE"; with any, ``step_seconds`` is
-        a lower bound. Left out is what carries no number at all and moves its arrays in ``NEGLIGIBLE`` of the step.
+        a lower bound. Left out is what carries no number at all and moves its arrays in ``NEGLIGIBLE`` of the step, and
+        collectives, which have prices of their own. Offloaded work is among it: nobody knows whether it is hidden.
       unknown_seconds: what moving the arrays of all work without an estimate once through main memory takes; not part
         of ``step_seconds``.
     """
@@ -248,7 +249,7 @@ def _moving_seconds(item: Unpriced, chip: Chip) -> float:
 def _unknown_work(cost: Cost, chip: Chip, step_seconds: float) -> tuple[str, ...]:
     """Returns ``Prediction.unknown``."""
     seconds: dict[str, float] = defaultdict(float)
-    for item in cost.missing:
+    for item in (item for item in cost.unpriced if item.category != COLLECTIVE):
         seconds[f"{item.opcode} at {item.line or item.name}"] += (
             math.inf if item.written else _moving_seconds(item, chip)
         )

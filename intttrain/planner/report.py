@@ -140,8 +140,8 @@ def _unpriced(cost: Cost, prediction: Prediction) -> list[str]:
         )
     if beside:
         lines.append(
-            f"note: {len(beside)} collectives or offloaded operations carry a number that is no estimate. They are not "
-            "part of the work above; collectives have their own prices"
+            f"note: {len(beside)} offloaded operations or collectives carry a number that is no estimate. They are not "
+            "part of the work above; what nothing hides of offloaded ones is missing, collectives have their own prices"
         )
     for item in (*missing, *beside)[:_SHOWN]:
         written = f", the compiler wrote {item.written}" if item.written else ""

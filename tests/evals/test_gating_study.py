@@ -110,16 +110,19 @@ def test_thresholds_write_the_wanted_share_of_each_layer() -> None:
 
 
 def test_a_threshold_for_a_fifth_writes_a_fifth_on_its_side() -> None:
-    """At a rate of one half both sides of a quantile are alike; here one is four times the other."""
+    """At a rate of one half both sides of a quantile are alike; here one is four times the other.
+
+    The signal has no ties: here a fifth of the reconstruction errors are 1, the largest there can be.
+    """
     chosen, base = documents(20), config(rules=("percentile",), update_on=("high", "low"))
-    gating = dataclasses.replace(base.eval.gating, rates=(0.2,))
+    gating = dataclasses.replace(base.eval.gating, rates=(0.2,), signals=("delta_norm",))
     found = calibrate(dataclasses.replace(base, eval=dataclasses.replace(base.eval, gating=gating)), PARAMS, chosen)
     reader = GatedDocuments(MODEL, PARAMS, chosen, batch_rows=4)
     everything = ttt.GateSettings(threshold_n=np.full(2, -np.inf, np.float32))
-    signal_NMn = reader.read(ttt.GateRule("threshold", "reconstruction"), everything).signal_NMn
+    signal_NMn = reader.read(ttt.GateRule("threshold", "delta_norm"), everything).signal_NMn
     written_n = {
-        "high": (signal_NMn > found["reconstruction", "high", 0.2]).mean(axis=(0, 1)),
-        "low": (signal_NMn < found["reconstruction", "low", 0.2]).mean(axis=(0, 1)),
+        "high": (signal_NMn > found["delta_norm", "high", 0.2]).mean(axis=(0, 1)),
+        "low": (signal_NMn < found["delta_norm", "low", 0.2]).mean(axis=(0, 1)),
     }
     for share_n in written_n.values():
         np.testing.assert_allclose(share_n, 0.2, atol=0.02)

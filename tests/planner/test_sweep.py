@@ -134,17 +134,19 @@ ENTRY %main (x: f32[1024]) -> f32[1024] {
 def test_what_carries_no_number_and_moves_little_is_no_bound():
     """In a step of a second on v5e: bookkeeping of a few bytes does not mark a plan, an invalid number does."""
 
-    def item(written: str, size: int) -> Unpriced:
-        return Unpriced("x", "scatter", "other", "f32[8]", 2, size, written, f"{size}{written}.py:1")
+    def item(written: str, size: int, category: str = "other") -> Unpriced:
+        return Unpriced("x", "scatter", category, "f32[8]", 2, size, written, f"{category}{size}{written}.py:1")
 
     cost = step_cost(
         parse_module("HloModule m\n\nENTRY %main () -> f32[] {\n  ROOT %c = f32[] constant(0)\n}\n"),
         kernel_cost=lambda call: None,
     )
-    items = (item("", 10**6), item("", 10**9), item("-1", 8))
+    items = (item("", 10**6), item("", 10**9), item("-1", 8), item("-1", 8, "offloaded"), item("-1", 8, "collective"))
     config = resolve(default_config())
     found = planning._predict(
         config, describe_topology("v5e:4x4", 1), dataclasses.replace(cost, cycles=1.5e9, unpriced=items), ()
     )
-    assert found.unknown == ("scatter at 1000000000.py:1", "scatter at 8-1.py:1")
+    assert found.unknown == (
+        "scatter at offloaded8-1.py:1", "scatter at other1000000000.py:1", "scatter at other8-1.py:1",
+    )  # fmt: skip
     assert found.unknown_seconds == pytest.approx(2 * (10**6 + 10**9 + 8) / CHIPS["v5e"].device_hbm_bytes_per_second)
