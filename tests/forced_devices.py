@@ -16,7 +16,12 @@ COMPILE_FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_
 
 def on_eight_cpu_devices(module: str, *arguments: str) -> Any:
     """Runs ``python -m module`` with eight CPU devices and returns the JSON in its last line."""
-    flags = f"--xla_force_host_platform_device_count=8 {COMPILE_FAST}"
+    return on_cpu_devices(8, module, *arguments)
+
+
+def on_cpu_devices(count: int, module: str, *arguments: str) -> Any:
+    """Runs ``python -m module`` with so many CPU devices and returns the JSON in its last line."""
+    flags = f"--xla_force_host_platform_device_count={count} {COMPILE_FAST}"
     ran = subprocess.run(
         [sys.executable, "-m", module, *arguments],
         cwd=REPO, env=dict(os.environ, XLA_FLAGS=flags, JAX_PLATFORMS="cpu"), capture_output=True, text=True,

@@ -24,7 +24,14 @@ from intttrain.core.errors import UserError
 from intttrain.core.sharding import constrain, using_mesh
 from intttrain.data import Batch
 from intttrain.evals.batches import full_batches
-from intttrain.evals.bootstrap import INTERVAL, Estimate, bootstrap_difference, bootstrap_level
+from intttrain.evals.bootstrap import (
+    FEW_DOCUMENTS,
+    INTERVAL,
+    Estimate,
+    bootstrap_difference,
+    bootstrap_level,
+    few_warning,
+)
 from intttrain.evals.tables import aligned, estimate_json, with_interval
 from intttrain.model import Params, Reading, bind, piece_tokens, read_documents
 
@@ -66,6 +73,11 @@ class ContextReport:
     levels: dict[str, Estimate]
     differences: dict[str, Estimate]
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What to know before the numbers are believed, one line each."""
+        return (few_warning(f"{self.documents} documents"),) if self.documents < FEW_DOCUMENTS else ()
+
     def to_json(self) -> dict[str, Any]:
         """Returns plain containers."""
         columns = [
@@ -78,7 +90,7 @@ class ContextReport:
         ]
         return {
             "name": self.name, "unit": self.unit, "block_tokens": self.block_tokens, "documents": self.documents,
-            "interval": INTERVAL, "columns": columns,
+            "interval": INTERVAL, "columns": columns, "warnings": list(self.warnings),
         }  # fmt: skip
 
     def table(self) -> str:
@@ -91,7 +103,7 @@ class ContextReport:
             f"{self.name}: loss of the last {self.block_tokens} tokens of {self.documents} documents, {self.unit}, by "
             f"how much was read\n[ ]: {INTERVAL:.0%} interval over documents"
         )
-        return "\n".join([head, "", *aligned(cells)]) + "\n"
+        return "\n".join([head, "", *aligned(cells), *(f"warning: {warning}" for warning in self.warnings)]) + "\n"
 
 
 def evaluate_contexts(

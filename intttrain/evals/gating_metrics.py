@@ -208,8 +208,9 @@ def measure_rule(
         gain, span = difference(control, rule), difference(control, oracle)
         if not span.low_P[0] > LEAST_SPAN:
             return Recovery(gain, span, None)
+        parts = _total(control) - _total(rule), _total(control) - _total(oracle)
         return Recovery(
-            gain, span, bootstrap_ratio(_total(control) - _total(rule), _total(control) - _total(oracle), **options)
+            gain, span, bootstrap_ratio(*parts, samples=eval_config.bootstrap_samples, seed=eval_config.seed)
         )
 
     return GatingMetrics(
@@ -243,7 +244,8 @@ def measure_shuffled(
     """
     more_N1 = (shuffled_NMn - own_NMn)[:, noisy_M].sum(axis=(1, 2))[:, None]
     places_N1 = np.full(more_N1.shape, float(noisy_M.sum() * own_NMn.shape[2]))
-    return bootstrap_ratio(more_N1, places_N1, samples=eval_config.bootstrap_samples, seed=eval_config.seed)
+    options: dict[str, int] = {"samples": eval_config.bootstrap_samples, "seed": eval_config.seed}
+    return bootstrap_ratio(more_N1, places_N1, limits=(-1.0, 1.0), **options)
 
 
 def _selectivity(
@@ -260,8 +262,11 @@ def _selectivity(
         return sum_SQ[both_S, 0] / sum_SQ[both_S, 1] - sum_SQ[both_S, 2] / sum_SQ[both_S, 3]
 
     value = contrast(sum_NQ.sum(axis=0, keepdims=True))
-    ends = interval(contrast(resampled_sums(sum_NQ, **options))) if len(value) and len(sum_NQ) > 1 else (np.nan, np.nan)
-    return Estimate(value if len(value) else np.full(1, np.nan), *(np.array([end]) for end in ends))
+    if not len(value):
+        return Estimate(*(np.full(1, np.nan) for _ in range(3)))
+    documents = int((sum_NQ[:, 1] + sum_NQ[:, 3] > 0).sum())
+    ends = interval(float(value[0]), contrast(resampled_sums(sum_NQ, **options)), documents=documents)
+    return Estimate(value, *(np.array([end]) for end in ends))
 
 
 def _standardised(signal_NMn: np.ndarray, counted_NMn: np.ndarray) -> np.ndarray:
@@ -278,7 +283,7 @@ def _standardised(signal_NMn: np.ndarray, counted_NMn: np.ndarray) -> np.ndarray
 
 def _rate(gates_NMn: np.ndarray, weights_NM: np.ndarray, options: Mapping[str, int]) -> Estimate:
     places_N = live_gates(weights_NM).sum(axis=1) * float(gates_NMn.shape[2])
-    return bootstrap_ratio(gates_NMn.sum(axis=(1, 2))[:, None], places_N[:, None], **options)
+    return bootstrap_ratio(gates_NMn.sum(axis=(1, 2))[:, None], places_N[:, None], limits=(0.0, 1.0), **options)
 
 
 def _gate_map(gates_NMn: np.ndarray, weights_NM: np.ndarray) -> np.ndarray:

@@ -12,11 +12,9 @@ from typing import Any, Literal
 import numpy as np
 
 from intttrain.core.config import EvalConfig
-from intttrain.evals.bootstrap import INTERVAL, Estimate
+from intttrain.evals.bootstrap import FEW_DOCUMENTS, INTERVAL, Estimate, few_warning
 from intttrain.evals.gating_metrics import BASES, LEAST_SPAN, MATCHED, GatingMetrics, Recovery
 from intttrain.evals.tables import aligned, estimate_json, finite, number, with_interval
-
-_FEW_DOCUMENTS = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,9 +180,11 @@ def shared_names(rows: Sequence[GateRow]) -> list[str]:
 
 def _warnings(report: GatingReport) -> list[str]:
     lines = []
+    counts = {length: rows[0].metrics.documents for length, rows in report.by_length().items()}
+    few = [f"{count} documents of {length} tokens" for length, count in counts.items() if count < FEW_DOCUMENTS]
+    if few:
+        lines.append(few_warning(", ".join(few)))
     for length, rows in report.by_length().items():
-        if rows[0].metrics.documents < _FEW_DOCUMENTS:
-            lines.append(f"fewer than {_FEW_DOCUMENTS} documents of {length} tokens: intervals are too narrow")
         broken = [row for row in rows if not np.isfinite(row.metrics.levels["rule"].value_P[0])]
         lines += [f"the loss of {_named(row)} is not finite" for row in broken]
         hidden = {

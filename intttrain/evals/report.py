@@ -13,7 +13,14 @@ from typing import Any
 import numpy as np
 
 from intttrain.core.config import EvalConfig
-from intttrain.evals.bootstrap import INTERVAL, Estimate, bootstrap_difference, bootstrap_level
+from intttrain.evals.bootstrap import (
+    FEW_DOCUMENTS,
+    INTERVAL,
+    Estimate,
+    bootstrap_difference,
+    bootstrap_level,
+    few_warning,
+)
 from intttrain.evals.positions import PositionLosses
 from intttrain.evals.tables import aligned, estimate_json, finite, number, with_interval
 
@@ -21,7 +28,6 @@ CONDITIONS = ("on", "off", "dense")
 BASELINES = ("unigram", "bigram")
 DIFFERENCES = (("on", "off"), ("on", "dense"), ("off", "dense"))
 LARGE_STATE_NORM = 10.0  # |S|/|W0|; healthy runs stay below about 4
-_FEW_DOCUMENTS = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,9 +252,9 @@ def _warnings(report: PositionReport) -> list[str]:
                 f"the state grows to {report.state_norm_Q[-1]:.4g} times |W0| (healthy up to about 4; above "
                 f"{LARGE_STATE_NORM:g} at {_where(names, large_P)}): use a smaller model.ttt.eta or bound the update"
             )
-    few_P = (documents_P < _FEW_DOCUMENTS) & (documents_P > 0)
+    few_P = (documents_P < FEW_DOCUMENTS) & (documents_P > 0)
     if few_P.any():
-        lines.append(f"fewer than {_FEW_DOCUMENTS} documents at {_where(names, few_P)}: intervals are too narrow")
+        lines.append(few_warning(f"{int(documents_P[few_P].min())} documents at {_where(names, few_P)}"))
     if (documents_P == 0).any():
         lines.append(f"no document reaches {_where(names, documents_P == 0)}")
     return lines

@@ -16,11 +16,11 @@ import numpy as np
 
 from intttrain.core.config import EvalConfig
 from intttrain.core.config_eval import RulerTask
-from intttrain.evals.bootstrap import INTERVAL, Estimate, bootstrap_ratio
+from intttrain.evals.bootstrap import FEW_DOCUMENTS, INTERVAL, Estimate, bootstrap_ratio, few_warning
 from intttrain.evals.ruler_tasks import ALL_TASKS, RulerSet, new_tokens, score_answer
 from intttrain.evals.tables import aligned, estimate_json, with_interval
 
-_FEW_SAMPLES = 10
+_HIGHEST = 100.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,16 +136,18 @@ def _scores_of_length(
 ) -> LengthScores:
     score_NQ = {condition: _with_average(_scores(sets, given)) for condition, given in texts.items()}
 
-    def estimate(values_NQ: np.ndarray) -> Estimate:
+    def estimate(values_NQ: np.ndarray, lowest: float) -> Estimate:
         options: dict[str, int] = {"samples": config.bootstrap_samples, "seed": config.seed}
-        return bootstrap_ratio(values_NQ, np.ones_like(values_NQ), **options)
+        return bootstrap_ratio(values_NQ, np.ones_like(values_NQ), limits=(lowest, _HIGHEST), **options)
 
     return LengthScores(
         length=sets[0].length,
         tasks=tuple(ruler_set.task for ruler_set in sets),
         prompt_tokens=tuple(float(np.mean([x.prompt_tokens for x in ruler_set.samples])) for ruler_set in sets),
-        levels={condition: estimate(values_NQ) for condition, values_NQ in score_NQ.items()},
-        differences={f"{a} - {b}": estimate(score_NQ[a] - score_NQ[b]) for a, b in itertools.combinations(score_NQ, 2)},
+        levels={condition: estimate(values_NQ, 0.0) for condition, values_NQ in score_NQ.items()},
+        differences={
+            f"{a} - {b}": estimate(score_NQ[a] - score_NQ[b], -_HIGHEST) for a, b in itertools.combinations(score_NQ, 2)
+        },
         empty={
             condition: tuple(sum(not text.strip() for text in of_set) for of_set in given)
             for condition, given in texts.items()
@@ -172,8 +174,8 @@ def _warnings(sets: Sequence[RulerSet]) -> list[str]:
     if len(tasks) < len(ALL_TASKS):
         lines.append(f"{len(tasks)} of {len(ALL_TASKS)} tasks: published averages are over all of them")
     samples = len(sets[0].samples)
-    if samples < _FEW_SAMPLES:
-        lines.append(f"{samples} samples of each task: intervals are too narrow below {_FEW_SAMPLES}")
+    if samples < FEW_DOCUMENTS:
+        lines.append(few_warning(f"{samples} samples of each task"))
     for ruler_set in sets:
         allowed = new_tokens(ruler_set.task)
         cut = sum(sample.answer_tokens > allowed for sample in ruler_set.samples)

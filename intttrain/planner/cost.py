@@ -3,7 +3,8 @@
 All numbers are the compiler's predictions for the program it made, not measurements. ``estimated_cycles`` stands on
 the instructions that are executed as a whole (a fusion, not the parts in its body) and is per device. What has no
 estimate is never dropped: Pallas kernels are priced by a model that the caller states, collectives and asynchronous
-copies are kept apart, and the rest is listed as unpriced.
+copies are kept apart, and the rest is listed as unpriced. So is what carries a number that cannot be an estimate, like
+a negative one or 2^63 - 1: that is never added to anything.
 """
 
 from __future__ import annotations
@@ -83,12 +84,23 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class Unpriced:
-    """An instruction on arrays without an estimate, neither a collective nor asynchronous."""
+    """An instruction on arrays whose time is unknown.
+
+    Attributes:
+      category: "collective" and "offloaded" only where the compiler wrote a number that is no estimate: their time is
+        not part of ``Cost.cycles`` anyway.
+      runs: executions in a step.
+      bytes: of its operands and results on one device.
+      written: what stands in the place of the estimate, for example "9223372036854775807"; "" where nothing does.
+    """
 
     name: str
     opcode: str
+    category: str
     shape: str
     runs: int
+    bytes: int
+    written: str
     line: str
 
 
@@ -117,7 +129,7 @@ class Cost:
       cycles_by_scope: the same by "PASS/SCOPE".
       kernels: every Pallas call that runs.
       transfers: asynchronous copies and offloaded calls by opcode; they overlap with the rest and have no cycles.
-      unpriced: instructions on arrays that have no estimate: their time is missing in ``cycles``.
+      unpriced: instructions on arrays whose time is unknown; that of ``missing`` is missing in ``cycles``.
       scalar_runs: executions of instructions on single numbers, which have no estimate and are taken as free.
       unresolved_loops: loops that are counted as one trip because their trips are unknown.
       conditionals: of each, only the most expensive branch is counted.
@@ -136,6 +148,16 @@ class Cost:
     scalar_runs: int
     unresolved_loops: tuple[str, ...]
     conditionals: tuple[str, ...]
+
+    @property
+    def missing(self) -> tuple[Unpriced, ...]:
+        """Work that belongs into ``cycles`` and whose time is unknown: with any, ``cycles`` is a lower bound."""
+        return tuple(item for item in self.unpriced if item.category not in _APART)
+
+    @property
+    def runs(self) -> int:
+        """Executions of everything that belongs into ``cycles``."""
+        return sum(work.runs for category, work in self.by_category.items() if category not in _APART)
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain dicts, lists and numbers."""
@@ -231,6 +253,7 @@ class _Ledger:
         self.transfer_runs: Counter[str] = Counter()
         self.transfer_bytes: Counter[str] = Counter()
         self.scalar_runs = 0
+        self._begun: set[str] = set()  # asynchronous instructions with a number that is no estimate
 
     def add(self, at: Instruction, runs: int, operands: Mapping[str, Instruction]) -> None:
         """Enters an instruction that runs ``runs`` times in a step."""
@@ -241,25 +264,43 @@ class _Ledger:
         elif _is_free(at):
             return
         elif cycles is None and at.opcode.endswith(("-start", "-update", "-done")):
-            self._asynchronous(at, runs, category)
+            self._asynchronous(at, runs, category, operands)
             return
-        elif cycles is None and category not in _APART and at.shape.size <= 1 and not at.shape.is_tuple:
+        elif (
+            cycles is None
+            and not at.written_cycles
+            and category not in _APART
+            and at.shape.size <= 1
+            and not at.shape.is_tuple
+        ):
             self.scalar_runs += runs
             return
         if category == COLLECTIVE and at.name.startswith("async-collective-done"):
             runs = 0  # the second half of a collective that is spread over several fusions
-        self.runs[category] += runs
         if cycles is None:
-            self.unpriced_runs[category] += runs
-            if category not in _APART:
-                line = line_of(at, self._folder)
-                self.unpriced.append(Unpriced(at.name, at.opcode, str(at.shape), runs, line))
+            self._unknown(at, runs, category, operands)
             return
+        self.runs[category] += runs
         self.cycles[category] += runs * cycles
         self.lines[line_of(at, self._folder)][category] += runs * cycles
         self.scopes[scope_of(at.op_name)][category] += runs * cycles
 
-    def _asynchronous(self, at: Instruction, runs: int, category: str) -> None:
+    def _unknown(self, at: Instruction, runs: int, category: str, operands: Mapping[str, Instruction]) -> None:
+        self.runs[category] += runs
+        self.unpriced_runs[category] += runs
+        if category not in _APART or at.written_cycles:
+            self._list(at, runs, category, operands)
+
+    def _list(self, at: Instruction, runs: int, category: str, operands: Mapping[str, Instruction]) -> None:
+        size = at.shape.bytes + sum(operands[name].shape.bytes for name in at.operands)
+        line = line_of(at, self._folder)
+        self.unpriced.append(Unpriced(at.name, at.opcode, category, str(at.shape), runs, size, at.written_cycles, line))
+
+    def _asynchronous(self, at: Instruction, runs: int, category: str, operands: Mapping[str, Instruction]) -> None:
+        if at.written_cycles:  # no estimate: listed once, at its first instruction
+            if not self._begun.intersection(at.operands):
+                self._list(at, runs, category if category in _APART else OFFLOADED, operands)
+            self._begun.add(at.name)
         if category in _APART:
             if at.opcode.endswith("-start"):
                 self.runs[category] += runs

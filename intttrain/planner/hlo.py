@@ -33,7 +33,15 @@ _CALLING = (
     "called_computations",
 )
 _NAME = re.compile(r"%?([\w.\-]+)")
-_CYCLES = re.compile(r'\\?"estimated_cycles\\?":\\?"?(\d+)')
+_CYCLES = re.compile(r'\\?"estimated_cycles\\?":\\?"?([^"\\,}\s]+)')
+# Of one execution; an hour of any chip. Beyond, the number is no estimate: libtpu 0.0.50 writes 2^63 - 1 for what it
+# gives to a SparseCore.
+MOST_CYCLES = 10**13
+
+
+def possible_cycles(written: str) -> int | None:
+    """Returns an estimate as a number; None for what cannot be one: negative, beyond ``MOST_CYCLES``, or no number."""
+    return int(written) if written.isdecimal() and int(written) <= MOST_CYCLES else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,9 +115,14 @@ class Instruction:
 
     @functools.cached_property
     def estimated_cycles(self) -> int | None:
-        """The compiler's estimate for one execution on one device, in cycles; None where it wrote none."""
+        """The compiler's estimate for one execution on one device, in cycles; None without one that can be true."""
+        return possible_cycles(self.written_cycles)
+
+    @functools.cached_property
+    def written_cycles(self) -> str:
+        """What the compiler wrote in the place of an estimate, as it stands there; "" where it wrote nothing."""
         found = _CYCLES.search(self.attribute_text)
-        return int(found.group(1)) if found else None
+        return found.group(1) if found else ""
 
     @property
     def source(self) -> Frame | None:

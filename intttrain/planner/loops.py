@@ -276,17 +276,23 @@ def _callers_first(module: Module) -> list[Computation]:
     return order[::-1]
 
 
-def _weights(order: list[Computation], trips: Mapping[str, int | None]) -> dict[str, tuple[int, int]]:
-    """Estimated cycles, then bytes written, of each computation with all that it calls: to compare branches."""
-    weights: dict[str, tuple[int, int]] = {}
+def _weights(order: list[Computation], trips: Mapping[str, int | None]) -> dict[str, tuple[bool, int, int]]:
+    """What branches are compared by, of each computation with all that it calls.
+
+    Whether the compiler wrote a number that is no estimate (a time that is unknown is not a short one), estimated
+    cycles, and bytes written.
+    """
+    weights: dict[str, tuple[bool, int, int]] = {}
     for computation in reversed(order):
-        cycles = written = 0
+        unknown, cycles, written = False, 0, 0
         for instruction in computation.instructions:
             times = trips.get(instruction.name) or 1
             inner = [weights[name] for name in instruction.called]
-            cycles += (instruction.estimated_cycles or 0) + times * sum(w[0] for w in inner)
-            written += instruction.shape.bytes + times * sum(w[1] for w in inner)
-        weights[computation.name] = (cycles, written)
+            invalid = bool(instruction.written_cycles) and instruction.estimated_cycles is None
+            unknown = unknown or invalid or any(w[0] for w in inner)
+            cycles += (instruction.estimated_cycles or 0) + times * sum(w[1] for w in inner)
+            written += instruction.shape.bytes + times * sum(w[2] for w in inner)
+        weights[computation.name] = (unknown, cycles, written)
     return weights
 
 
@@ -298,7 +304,7 @@ def _rare(module: Module) -> frozenset[str]:
 
 
 def _shares(
-    instruction: Instruction, trips: int | None, weights: Mapping[str, tuple[int, int]], rare: frozenset[str]
+    instruction: Instruction, trips: int | None, weights: Mapping[str, tuple[bool, int, int]], rare: frozenset[str]
 ) -> dict[str, int]:
     """How often one execution of ``instruction`` runs each computation that it calls."""
     if instruction.opcode == "while":
@@ -316,9 +322,9 @@ def execution_counts(module: Module) -> ExecutionCounts:
     """Returns how often every computation runs in one execution of the module on one device.
 
     A loop's body runs trips times and its condition once more. Of a conditional one branch is counted, the one with
-    the larger sum of estimated cycles (or, without estimates, of bytes written): a step is priced at its worst case,
-    not at the sum of alternatives. A branch in ``RARE_SCOPE`` is counted only if all are. The completion of an
-    asynchronous operation runs nothing again.
+    the larger sum of estimated cycles (or, without estimates, of bytes written; one with an estimate that cannot be
+    true comes first): a step is priced at its worst case, not at the sum of alternatives. A branch in ``RARE_SCOPE``
+    is counted only if all are. The completion of an asynchronous operation runs nothing again.
     """
     scalars = _Scalars(module)
     order = _callers_first(module)

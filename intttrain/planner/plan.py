@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import math
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from intttrain.core.sharding import pieces_of
 from intttrain.model import FLOP_RULE, kept_values, model_flops_per_token
 from intttrain.planner.attention_cost import attention_model
 from intttrain.planner.collectives import Traffic, read_collectives, sum_traffic
-from intttrain.planner.cost import Cost, step_cost
+from intttrain.planner.cost import COLLECTIVE, Cost, Unpriced, step_cost
 from intttrain.planner.hlo import parse_module
 from intttrain.planner.kernels import KernelModel, stated_kernel_cost
 from intttrain.planner.loops import execution_counts
@@ -34,6 +36,8 @@ from intttrain.planner.topology import Topology, describe_topology, topology_dev
 from intttrain.train import Program, make_program
 
 PACKAGE = str(Path(__file__).resolve().parents[1])
+NEGLIGIBLE = 0.001  # of a step
+VERSIONS = ("jax", "jaxlib", "libtpu")  # packages that make the text
 OTHER_KERNELS_EFFICIENCY = 0.5  # of the peak: kernels without a measurement; stated, not known
 
 
@@ -49,6 +53,11 @@ class Prediction:
       tokens_per_second_per_chip: of the whole batch.
       mfu: model FLOPs by ``flop_rule`` over the peak of all chips.
       flop_rule: in words.
+      unknown: kinds of work without an estimate that may matter, "OPCODE at FILE:LINE"; with any, ``step_seconds`` is
+        a lower bound. Left out is what carries no number at all and moves its arrays in ``NEGLIGIBLE`` of the step, and
+        collectives, which have prices of their own. Offloaded work is among it: nobody knows whether it is hidden.
+      unknown_seconds: what moving the arrays of all work without an estimate once through main memory takes; not part
+        of ``step_seconds``.
     """
 
     step_seconds: float
@@ -58,6 +67,8 @@ class Prediction:
     tokens_per_second_per_chip: float
     mfu: float
     flop_rule: str = FLOP_RULE
+    unknown: tuple[str, ...] = ()
+    unknown_seconds: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +207,7 @@ def _kept_bytes(config: Config, program: Program) -> int | None:
 
 def compiler_versions() -> dict[str, str]:
     """Returns the versions of what made the text: predictions of different ones must not be compared."""
-    return {package: importlib.metadata.version(package) for package in ("jax", "jaxlib", "libtpu")}
+    return {package: importlib.metadata.version(package) for package in VERSIONS}
 
 
 def _verdict(config: Config, topology: Topology, program: Program, needed: int) -> Verdict:
@@ -214,8 +225,8 @@ def kernel_model(chip: Chip) -> KernelModel:
 
 def _predict(config: Config, topology: Topology, cost: Cost, traffic: Sequence[Traffic]) -> Prediction:
     compute = cost.cycles / topology.chip.clock_hz
-    synchronous = sum(row.synchronous_seconds for row in traffic)
-    overlapped = sum(row.overlapped_seconds for row in traffic)
+    synchronous = sum((row.synchronous_seconds for row in traffic), 0.0)
+    overlapped = sum((row.overlapped_seconds for row in traffic), 0.0)
     step = max(compute + synchronous, overlapped)
     tokens = config.train.batch_rows * config.data.seq_len
     flops = tokens * model_flops_per_token(config.model, config.data.seq_len)
@@ -226,4 +237,20 @@ def _predict(config: Config, topology: Topology, cost: Cost, traffic: Sequence[T
         overlapped_seconds=overlapped,
         tokens_per_second_per_chip=tokens / step / topology.chips,
         mfu=flops / (step * topology.chips * topology.chip.peak_flops),
+        unknown=_unknown_work(cost, topology.chip, step),
+        unknown_seconds=sum((_moving_seconds(item, topology.chip) for item in cost.missing), 0.0),
     )
+
+
+def _moving_seconds(item: Unpriced, chip: Chip) -> float:
+    return item.runs * item.bytes / chip.device_hbm_bytes_per_second
+
+
+def _unknown_work(cost: Cost, chip: Chip, step_seconds: float) -> tuple[str, ...]:
+    """Returns ``Prediction.unknown``."""
+    seconds: dict[str, float] = defaultdict(float)
+    for item in (item for item in cost.unpriced if item.category != COLLECTIVE):
+        seconds[f"{item.opcode} at {item.line or item.name}"] += (
+            math.inf if item.written else _moving_seconds(item, chip)
+        )
+    return tuple(sorted(name for name, least in seconds.items() if least > NEGLIGIBLE * step_seconds))

@@ -30,12 +30,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from intttrain.core import hardware
 from intttrain.core.compiler import compiler_options
+from intttrain.planner.hlo import possible_cycles
 
 TOPOLOGY = {"v4": "v4:2x2x1", "v5p": "v5p:2x2x1", "v5e": "v5e:2x2", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 _DOTS = {"fwd": 2, "bwd": 5, "dkv": 4, "dq": 3}
 _BLOCKS = ("256", "512", "1024", "2048", "1024/2048/512")
 _HEADS, _DEPTH = 2, 128  # one key head for each core of a device
-_ESTIMATE = re.compile(r'hlo_op_name: "(\S+)"\s+estimated_cycles: (\d+)')
+_ESTIMATE = re.compile(r'hlo_op_name: "(\S+)"\s+estimated_cycles: (-?\d+)')
 
 
 def read_blocks(text: str) -> tuple[int, int, int]:
@@ -89,7 +90,10 @@ def compile_kernel(chip: str, kind: str, blocks: tuple[int, int, int], tokens: i
 
 
 def static_profile(module: str, arguments: list[str]) -> dict[str, int]:
-    """Runs ``module``, which compiles one kernel, in a process of its own; returns estimated cycles by name."""
+    """Runs ``module``, which compiles one kernel, in a process of its own; returns estimated cycles by name.
+
+    A number that cannot be an estimate is left out.
+    """
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(
             ["env", f"LIBTPU_INIT_ARGS=--xla_jf_dump_static_llo_profile_to={folder}", "JAX_PLATFORMS=cpu"]
@@ -97,7 +101,8 @@ def static_profile(module: str, arguments: list[str]) -> dict[str, int]:
             capture_output=True, check=False,
         )  # fmt: skip
         found = _ESTIMATE.findall("".join(path.read_text() for path in Path(folder).glob("*.textproto")))
-    return {name: int(cycles) for name, cycles in found}
+    estimates = {name: possible_cycles(written) for name, written in found}
+    return {name: cycles for name, cycles in estimates.items() if cycles is not None}
 
 
 def core_cycles(chip: str, kind: str, blocks: tuple[int, int, int], tokens: int, *, skipped: bool) -> float | None:

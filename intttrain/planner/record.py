@@ -20,7 +20,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from intttrain.core.config import Config, as_dict, resolve
 from intttrain.core.dotted import flatten
 from intttrain.core.files import write_json, write_text
 from intttrain.core.hardware import GIB
+from intttrain.planner.plan import VERSIONS, compiler_versions
 
 REPO = Path(__file__).resolve().parents[2]
 RECORDS, PAGE = REPO / "docs" / "plans.json", REPO / "docs" / "benchmarks.md"
@@ -99,6 +100,7 @@ def to_record(plan: Mapping[str, Any], digest: str) -> dict[str, Any]:
             "mfu": round(prediction["mfu"], 4),
             "tokens_per_second_per_chip": round(prediction["tokens_per_second_per_chip"]),
             "matmul_tflop": round(plan["cost"]["matmul_flops"] / 1e12, 2),
+            "without_estimate": len(prediction["unknown"]),
         }
     return record
 
@@ -113,7 +115,12 @@ def to_table(records: Mapping[str, Mapping[str, Any]]) -> str:
     for name, r in records.items():
         time = ["-", "-", "-"]
         if "step_seconds" in r:
-            time = [f"{r['step_seconds']:.2f}{_star(r)}", f"{r['mfu']:.3f}", f"{r['tokens_per_second_per_chip']:,}"]
+            least = "> " if r.get("without_estimate") else ""
+            time = [
+                f"{least}{r['step_seconds']:.2f}{_star(r)}",
+                f"{r['mfu']:.3f}",
+                f"{r['tokens_per_second_per_chip']:,}",
+            ]
         cells = [
             f"`{name}`", r["mesh"], f"{r['tokens_per_step']:,}", f"{r['remat']}, {r['microbatches']}",
             f"{r['peak_gib']:.2f}", f"{r['spare_gib']:.2f}", *time,
@@ -184,6 +191,10 @@ _OTHER_VERSIONS = {"peak_gib": 0.15, "step_seconds": 0.15, "mfu": 0.15, "tokens_
 _SAME = 0.005
 
 
+def _compiler(record: Mapping[str, Any]) -> str:
+    return f"jax {record['versions']['jax']}, libtpu {record['versions']['libtpu']}"
+
+
 def differences(record: Mapping[str, Any], again: Mapping[str, Any]) -> list[str]:
     """Returns what a plan compiled again says otherwise than its record, one line each.
 
@@ -201,19 +212,36 @@ def differences(record: Mapping[str, Any], again: Mapping[str, Any]) -> list[str
             tolerance = _SAME if same_versions else _OTHER_VERSIONS.get(key, _SAME)
             agrees = abs(new - old) <= tolerance * abs(old)
         if not agrees:
-            found.append(f"{key}: {old} is recorded (jax {record['versions']['jax']}), {new} came out")
+            found.append(f"{key}: {old} is recorded ({_compiler(record)}), {new} came out ({_compiler(again)})")
     return found
 
 
-def check(wanted: Sequence[Wanted]) -> list[str]:
-    """Compiles plans again and returns how they differ from their records."""
-    records, found = load_records(), []
+def compare_versions(record: Mapping[str, Any], here: Mapping[str, str]) -> str:
+    """Returns one line on how far a record and a plan made with the versions ``here`` can be compared."""
+
+    def named(versions: Mapping[str, str]) -> str:
+        return ", ".join(f"{package} {versions[package]}" for package in VERSIONS)
+
+    if record["versions"] == here:
+        return f"recorded with these versions ({named(here)}): numbers must agree to {_SAME:.1%}"
+    return (
+        f"recorded with {named(record['versions'])}; here are {named(here)}. Another compiler makes another program: "
+        f"memory and time are compared to {_OTHER_VERSIONS['step_seconds']:.0%} only, and a difference may be its own"
+    )
+
+
+def check(wanted: Sequence[Wanted], report: Callable[[str], None]) -> list[str]:
+    """Compiles plans again and returns how they differ from their records; ``report`` is told what is compared."""
+    records, here, found = load_records(), compiler_versions(), []
     for item in wanted:
         if item.name not in records:
             found.append(f"{item.name} has no record")
             continue
-        again = to_record(compile_plan(item), item.digest())
-        found += [f"{item.name}: {line}" for line in differences(records[item.name], again)]
+        record = records[item.name]
+        report(f"{item.name}: {compare_versions(record, here)}")
+        unlike = differences(record, to_record(compile_plan(item), item.digest()))
+        report(f"{item.name}: {f'{len(unlike)} numbers differ' if unlike else 'agrees'}")
+        found += [f"{item.name}: {line}" for line in unlike]
     return found
 
 
@@ -228,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not chosen:
         raise SystemExit(f"no plan begins with {' or '.join(given.prefix)}: {', '.join(i.name for i in everything)}")
     if given.check:
-        found = check(chosen)
+        found = check(chosen, lambda line: print(line, flush=True))
         raise SystemExit("\n".join(found) if found else 0)
     for item in chosen:
         kept = load_records().get(item.name, {})

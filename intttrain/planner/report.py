@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from intttrain.core.hardware import GIB
 from intttrain.core.progress import human_count
-from intttrain.planner.cost import COLLECTIVE, OFFLOADED
-from intttrain.planner.plan import Plan
+from intttrain.planner.cost import COLLECTIVE, OFFLOADED, Cost
+from intttrain.planner.plan import Plan, Prediction
 
 _SHOWN = 12
 
@@ -58,11 +58,13 @@ def _time(plan: Plan) -> list[str]:
     if plan.prediction is None or plan.cost is None:
         return []
     p, cost = plan.prediction, plan.cost
+    least, most = ("at least ", "at most ") if p.unknown else ("", "")
     lines = [
         "",
-        f"predicted step {p.step_seconds:.2f} s = {p.compute_seconds:.2f} s of work + {p.synchronous_seconds:.2f} s of "
-        f"collectives that nothing hides ({p.overlapped_seconds:.2f} s more are hidden)",
-        f"  {p.tokens_per_second_per_chip:.0f} tokens/s/chip, MFU {p.mfu:.3f}; {p.flop_rule}",
+        f"predicted step {least}{p.step_seconds:.2f} s = {p.compute_seconds:.2f} s of work + "
+        f"{p.synchronous_seconds:.2f} s of collectives that nothing hides "
+        f"({p.overlapped_seconds:.2f} s more are hidden)",
+        f"  {most}{p.tokens_per_second_per_chip:.0f} tokens/s/chip, MFU {most}{p.mfu:.3f}; {p.flop_rule}",
         f"  matmuls outside of kernels: {cost.matmul_flops / 1e12:.1f} TFLOP a device",
         "",
         "estimated cycles by kind of work (millions, a device and step)",
@@ -116,18 +118,45 @@ def _replicated(plan: Plan) -> list[str]:
 
 
 def _notes(plan: Plan) -> list[str]:
-    if plan.cost is None:
+    if plan.cost is None or plan.prediction is None:
         return []
-    notes = []
+    notes = _unpriced(plan.cost, plan.prediction)
     if plan.cost.unresolved_loops:
         notes.append(f"note: trips unknown, counted once: {', '.join(map(str, plan.cost.unresolved_loops))}")
-    if plan.cost.unpriced:
-        notes.append(f"note: {len(plan.cost.unpriced)} instructions have no estimate; their time is missing (--json)")
     return ["", *notes] if notes else []
 
 
+def _unpriced(cost: Cost, prediction: Prediction) -> list[str]:
+    """Says what has no estimate, how much of the step that is, and whether it is missing in its time."""
+    missing = cost.missing
+    beside = [item for item in cost.unpriced if item not in missing]
+    lines = []
+    if missing:
+        seconds = prediction.unknown_seconds
+        lines.append(
+            f"note: {len(missing)} operations have no estimate ({sum(i.runs for i in missing)} of {cost.runs} "
+            "executions in a step). Their time is missing: the step is longer. Moving their arrays once takes "
+            f"{seconds:.3f} s, {seconds / prediction.step_seconds:.1%} of the time above"
+        )
+    if beside:
+        lines.append(
+            f"note: {len(beside)} offloaded operations or collectives carry a number that is no estimate. They are not "
+            "part of the work above; what nothing hides of offloaded ones is missing, collectives have their own prices"
+        )
+    for item in (*missing, *beside)[:_SHOWN]:
+        written = f", the compiler wrote {item.written}" if item.written else ""
+        lines.append(f"  {item.runs} x {item.opcode} {item.name} {item.shape} {_short(item.line)}{written}")
+    if len(cost.unpriced) > _SHOWN:
+        lines.append(f"  and {len(cost.unpriced) - _SHOWN} more (--json)")
+    return lines
+
+
 def describe_plans(plans: Sequence[tuple[str, Plan]]) -> str:
-    """Returns a table with one labelled plan a line; ``*`` marks those that no other beats in both memory and time."""
+    """Returns a table with one labelled plan a line.
+
+    ``*`` marks those that no other beats in both memory and time, ``>`` a time that is a lower bound, because
+    something has no estimate.
+    """
     best = pareto([plan for _, plan in plans])
     width = max([len(label) for label, _ in plans] + [5])
     lines = [f"  {'':{width}}  peak GiB  spare GiB   step s     MFU  tokens/s/chip"]
@@ -138,24 +167,37 @@ def describe_plans(plans: Sequence[tuple[str, Plan]]) -> str:
         p = plan.prediction
         lines.append(
             f"{peak}  {'does not fit':>12}" if p is None or not plan.verdict.fits
-            else f"{peak}  {p.step_seconds:7.2f}  {p.mfu:6.3f}  {p.tokens_per_second_per_chip:13.0f}"
+            else f"{peak} {'>' if p.unknown else ' '}{p.step_seconds:7.2f}  {p.mfu:6.3f}  "
+            f"{p.tokens_per_second_per_chip:13.0f}"
         )  # fmt: skip
+    unknown = sorted({name for _, plan in plans if plan.prediction is not None for name in plan.prediction.unknown})
+    if unknown:
+        lines.append(f"> at least so long: no estimate for {', '.join(map(_short_kind, unknown))}")
     return "\n".join(lines)
 
 
+def _short_kind(name: str) -> str:
+    opcode, _, line = name.partition(" at ")
+    return f"{opcode} at {_short(line)}"
+
+
 def pareto(plans: Iterable[Plan]) -> list[Plan]:
-    """Returns the plans that fit and that no other beats in tokens/s/chip with as little memory."""
+    """Returns the plans that fit and that no other beats in tokens/s/chip with as little memory.
+
+    What has no estimate is not fast: a plan with unknown work that another plan of as little memory lacks is not
+    among them, and it beats none that lacks it.
+    """
     fitting = [(plan, plan.prediction) for plan in plans if plan.verdict.fits and plan.prediction is not None]
 
-    def beaten(plan: Plan, rate: float) -> bool:
-        return any(
-            other.verdict.needed <= plan.verdict.needed
-            and p.tokens_per_second_per_chip >= rate
-            and (other.verdict.needed, -p.tokens_per_second_per_chip) != (plan.verdict.needed, -rate)
-            for other, p in fitting
-        )
+    def beats(other: Plan, p: Prediction, plan: Plan, q: Prediction) -> bool:
+        if other.verdict.needed > plan.verdict.needed:
+            return False
+        if set(p.unknown) != set(q.unknown):
+            return not set(q.unknown) <= set(p.unknown)
+        rates = p.tokens_per_second_per_chip, q.tokens_per_second_per_chip
+        return rates[0] >= rates[1] and (other.verdict.needed, rates[0]) != (plan.verdict.needed, rates[1])
 
-    return [plan for plan, p in fitting if not beaten(plan, p.tokens_per_second_per_chip)]
+    return [plan for plan, q in fitting if not any(beats(other, p, plan, q) for other, p in fitting)]
 
 
 def describe_ttt_share(with_ttt: Plan, dense: Plan) -> str:
@@ -165,7 +207,9 @@ def describe_ttt_share(with_ttt: Plan, dense: Plan) -> str:
         return table
     time = with_ttt.prediction.step_seconds / dense.prediction.step_seconds - 1
     memory = (with_ttt.verdict.needed - dense.verdict.needed) / GIB
-    return f"{table}\nTTT costs {time:+.1%} of the step and {memory:+.2f} GiB a device (predicted)"
+    known = set(with_ttt.prediction.unknown) == set(dense.prediction.unknown)
+    doubt = "" if known else "; the time compares lower bounds that leave out different work"
+    return f"{table}\nTTT costs {time:+.1%} of the step and {memory:+.2f} GiB a device (predicted){doubt}"
 
 
 def _gib(size: int) -> str:

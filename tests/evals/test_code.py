@@ -124,6 +124,8 @@ def test_json_holds_the_numbers_of_the_table():
     difference = content["differences"]["on - off"]["pass@1"]
     assert difference["value"] == pytest.approx(25.0)
     assert 0.0 < difference["low"] < 25.0 < difference["high"]
+    (warning,) = content["warnings"]
+    assert warning.startswith("20 problems, fewer than 30")
     assert content["outcomes"]["on"] == {"passed": 20, "failed": 10, "timed_out": 5, "killed": 5}
 
 

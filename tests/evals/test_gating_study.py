@@ -109,6 +109,25 @@ def test_thresholds_write_the_wanted_share_of_each_layer() -> None:
         calibrate(config(), PARAMS, documents(4))
 
 
+def test_a_threshold_for_a_fifth_writes_a_fifth_on_its_side() -> None:
+    """At a rate of one half both sides of a quantile are alike; here one is four times the other.
+
+    The signal has no ties: here a fifth of the reconstruction errors are 1, the largest there can be.
+    """
+    chosen, base = documents(20), config(rules=("percentile",), update_on=("high", "low"))
+    gating = dataclasses.replace(base.eval.gating, rates=(0.2,), signals=("delta_norm",))
+    found = calibrate(dataclasses.replace(base, eval=dataclasses.replace(base.eval, gating=gating)), PARAMS, chosen)
+    reader = GatedDocuments(MODEL, PARAMS, chosen, batch_rows=4)
+    everything = ttt.GateSettings(threshold_n=np.full(2, -np.inf, np.float32))
+    signal_NMn = reader.read(ttt.GateRule("threshold", "delta_norm"), everything).signal_NMn
+    written_n = {
+        "high": (signal_NMn > found["delta_norm", "high", 0.2]).mean(axis=(0, 1)),
+        "low": (signal_NMn < found["delta_norm", "low", 0.2]).mean(axis=(0, 1)),
+    }
+    for share_n in written_n.values():
+        np.testing.assert_allclose(share_n, 0.2, atol=0.02)
+
+
 def test_a_study_from_documents_to_its_table() -> None:
     settings = config(rules=("online", "percentile", "ponder_ema", "periodic", "topk"), update_on=("high", "low"),
                       oracles=("tree", "rollout_always", "first_order"))  # fmt: skip
@@ -169,6 +188,8 @@ def test_the_last_block_is_the_same_whatever_was_read_before() -> None:
         assert report.levels[name].value_P[1] == pytest.approx(nll_BT.mean() / np.log(2), rel=1e-4)
     assert report.differences["on - off"].value_P[1] != 0
     assert "tokens read" in report.table() and report.to_json()["columns"][0]["length"] == 2 * CHUNK
+    (warning,) = report.to_json()["warnings"]
+    assert warning.startswith("4 documents, fewer than 30") and f"warning: {warning}\n" in report.table()
     short = dataclasses.replace(setting, context=dataclasses.replace(setting.context, lengths=(CHUNK + 1,)))
     with pytest.raises(UserError, match=rf"multiple of {CHUNK}.*block_tokens={CHUNK + 1}; use"):
         evaluate_contexts(conditions, [], short, name="x", unit="", report=print)

@@ -20,7 +20,7 @@ CONFIG = EvalConfig(seq_len=8, documents=12, min_document_tokens=4, position_edg
 NAMES = ("on", "off", "dense", "unigram", "bigram")
 
 
-def losses(bits, *, norm=None, documents=12, spread=True):
+def losses(bits, *, norm=None, documents=30, spread=True):
     """Losses of ``bits`` per token and bucket; documents differ by a fixed pattern with mean zero."""
     weight_NP = np.full((documents, 2), 4.0)
     pattern_N1 = (np.arange(documents)[:, None] - (documents - 1) / 2) / 10 if spread else 0.0
@@ -42,9 +42,11 @@ def report_of(names=NAMES, *, norm=(0.0, 2.5), **changes):
 
 def test_table(golden):
     given = {
-        "on": losses((3.0, 2.2), norm=(0.0, 2.5)),
-        "off": losses((3.0, 2.7), spread=False),
-        "dense": losses((3.1, 2.5)),
+        "on": losses((3.0, 2.2), norm=(0.0, 2.5), documents=12),
+        "off": losses((3.0, 2.7), spread=False, documents=12),
+        "dense": losses((3.1, 2.5), documents=12),
+        "unigram": losses((5.0, 5.0), spread=False, documents=12),
+        "bigram": losses((4.0, 4.0), spread=False, documents=12),
     }
     golden.check("evals/report.txt", report_of(**given).table())
 
@@ -53,7 +55,7 @@ def test_json_holds_the_numbers_of_the_table_and_nothing_odd():
     content = report_of().to_json()
     assert json.loads(json.dumps(content, allow_nan=False)) == content
     last = content["buckets"][1]
-    assert (last["begin"], last["end"], last["documents"], last["tokens"]) == (4, 8, 12, 48)
+    assert (last["begin"], last["end"], last["documents"], last["tokens"]) == (4, 8, 30, 120)
     assert list(last["levels"]) == list(NAMES)
     assert last["levels"]["on"]["value"] == pytest.approx(2.25)
     assert last["levels"]["on"]["low"] < 2.25 < last["levels"]["on"]["high"]
@@ -61,7 +63,7 @@ def test_json_holds_the_numbers_of_the_table_and_nothing_odd():
     for name, value in (("on - off", -0.5), ("on - dense", -0.25), ("off - dense", 0.25)):
         assert last["differences"][name] == pytest.approx({"value": value, "low": value, "high": value})
     assert content["all"]["levels"]["on"]["value"] == pytest.approx((3.0 + 2.25) / 2)
-    assert content["all"]["tokens"] == 96
+    assert content["all"]["tokens"] == 240
     assert content["warnings"] == []
 
 
@@ -109,9 +111,16 @@ def test_warns_of_a_large_state():
     assert "above 10 at positions 4-7" in warning
 
 
-def test_warns_of_few_documents():
-    (warning,) = report_of(("dense",), dense=losses((3.0, 2.0), documents=9)).warnings
-    assert warning == "fewer than 10 documents at all positions: intervals are too narrow"
+def test_warns_of_few_documents_once():
+    report = report_of(("dense",), dense=losses((3.0, 2.0), documents=29))
+    said = "29 documents at all positions, fewer than 30: intervals are wide for that, and rough where a few stand out"
+    assert report.warnings == (said,) and report.to_json()["warnings"] == [said]
+    assert report.table().count("fewer than 30") == 1
+
+    late = losses((3.0, 2.0))
+    late.weight_NP[3:, 1] = late.nll_NP[3:, 1] = 0.0
+    (warning,) = report_of(("dense",), dense=late).warnings
+    assert warning.startswith("3 documents at positions 4-7, fewer than 30")
 
 
 def test_a_dense_run_alone_has_levels_only():

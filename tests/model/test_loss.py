@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from intttrain.model import token_nll
+from intttrain.model.loss import prediction_entropy
 from tests.ttt.cases import assert_close
 
 B, T, D, V = 2, 24, 8, 40
@@ -100,3 +101,15 @@ def test_bf16_weight_gradient_is_summed_in_fp32():
     gradient = jax.jit(jax.grad(loss))(jnp.zeros((2, 1)))
     assert gradient.dtype == jnp.float32
     assert_close(gradient, [[-seq_len / 2], [seq_len / 2]], 1e-3)
+
+
+@pytest.mark.parametrize("block_tokens", [5, T])
+def test_the_entropy_is_that_of_the_softmax(block_tokens):
+    hidden, weight, _, _ = (np.asarray(x, np.float64) for x in inputs())
+    logits = np.einsum("btd,vd->btv", hidden, weight)
+    share = np.exp(logits - logits.max(axis=2, keepdims=True))
+    share /= share.sum(axis=2, keepdims=True)
+    wanted = -(share * np.log(share)).sum(axis=2)
+    assert 0 < wanted.min() < 1 < wanted.max() < np.log(V)
+    found = jax.jit(prediction_entropy, static_argnums=2)(*inputs()[:2], block_tokens)
+    assert_close(found, wanted, 1e-5)

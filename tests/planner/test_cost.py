@@ -255,9 +255,13 @@ ENTRY %main (x: f32[8,8], v: f32[9,8,8], i: s32[]) -> f32[8,8] {
 """
 
 
-def _cycles() -> Module:
+def _parsed(text: str) -> Module:
     written = r'backend_config={"window_config":{"estimated_cycles":"\1"}}'
-    return parse_module(re.sub(r"EST\((\d+)\)", written, CYCLES))
+    return parse_module(re.sub(r"EST\((\d+)\)", written, text))
+
+
+def _cycles() -> Module:
+    return _parsed(CYCLES)
 
 
 MODEL = stated_kernel_cost(
@@ -288,6 +292,48 @@ def test_nothing_is_dropped_in_silence():
     assert cost.transfers == {"copy": Transfer(1, 8 * 128 * 4), "async": Transfer(1, 256)}
     assert cost.scalar_runs == 3 + 4  # the counter and its test
     assert cost.unresolved_loops == () and cost.conditionals == ()
+
+
+@pytest.mark.parametrize(
+    "written", ["9223372036854775807", "-12", "9223372036854775808", "18000000000000", "nan", "1e30"]
+)
+def test_a_number_that_is_no_estimate_is_unknown_and_never_added(written):
+    """2^63 - 1 is what libtpu 0.0.50 writes for work of a SparseCore; the others are of the same kind."""
+    text = re.sub(
+        r"EST\((777|7000|50)\)", f'backend_config={{"window_config":{{"estimated_cycles":"{written}"}}}}', CYCLES
+    )
+    cost = step_cost(_parsed(text), kernel_cost=MODEL)
+    assert cost.by_category["other"] == Work(1, 0.0, 1)
+    assert cost.by_category["offloaded"] == Work(1, 0.0, 1)
+    assert cost.by_category["collective"] == Work(4, 0.0, 4)
+    assert cost.cycles == 5000 + 80 + 340 + 31 + 100
+    assert sum(c for row in cost.cycles_by_line.values() for c in row.values()) == cost.cycles
+    found = {u.name: (u.category, u.runs, u.bytes, u.written) for u in cost.unpriced if u.written}
+    assert found.pop("order") == ("other", 1, 2 * 256, written)
+    assert found.pop("reduce") == ("collective", 1, 256 + 64, written)
+    assert [entry[0] for entry in found.values()] == ["offloaded"]
+    assert {u.name for u in cost.missing} == {"silent", "mystery", "order"}
+
+
+def test_work_of_a_sparse_core_with_a_number_that_is_no_estimate_is_beside_the_rest():
+    """As libtpu 0.0.50 writes it on all three parts; 0.0.52 writes none, and the plan is the same."""
+    text = """HloModule m, is_scheduled=true
+
+ENTRY %main (x: f32[8,8]) -> f32[8,8] {
+  %x = f32[8,8]{1,0} parameter(0)
+  %s = ((f32[8,8]{1,0}), f32[8,8]{1,0}, u32[]) custom-call-start(%x), custom_call_target="SparseCore"NUMBER
+  %u = ((f32[8,8]{1,0}), f32[8,8]{1,0}, u32[]) custom-call-update(%s)NUMBER
+  %d = f32[8,8]{1,0} custom-call-done(%u)NUMBER
+  ROOT %c = f32[8,8]{1,0} copy(%d), EST(40)
+}
+"""
+    number = ', backend_config={"window_config":{"estimated_cycles":"9223372036854775807"}}'
+    with_numbers, without = (step_cost(_parsed(text.replace("NUMBER", x)), kernel_cost=MODEL) for x in (number, ""))
+    assert with_numbers.cycles == without.cycles == 40
+    assert with_numbers.by_category == without.by_category and with_numbers.transfers == without.transfers
+    assert without.unpriced == with_numbers.missing == ()
+    ((name, category, written),) = ((u.name, u.category, u.written) for u in with_numbers.unpriced)
+    assert (name, category, written) == ("s", "offloaded", "9223372036854775807")
 
 
 def test_cycles_by_line_and_scope():

@@ -214,3 +214,12 @@ def test_padded_bytes_are_those_of_the_allocation(target, dtype):
     parameters = parse_module(program.as_text()).entry.parameters
     allocated = program.memory_analysis().argument_size_in_bytes
     assert sum(p.shape.padded_bytes for p in parameters) == allocated > sum(p.shape.bytes for p in parameters)
+
+
+@pytest.mark.parametrize(
+    ("written", "cycles"),
+    [("321", 321), ("0", 0), ("9223372036854775807", None), ("-5", None), ("10000000000001", None), ("inf", None)],
+)
+def test_an_estimate_is_a_number_that_can_be_true(written, cycles):
+    instruction = _module(SHIFTED, BODY.replace('"321"', f'"{written}"')).entry["out"]
+    assert (instruction.estimated_cycles, instruction.written_cycles) == (cycles, written)

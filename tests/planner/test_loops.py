@@ -227,6 +227,12 @@ def test_calls_branches_and_asynchronous_calls():
     assert dict(counts.counts) == {"cheap": 0, "dear": 1, "work": 3, "wrapped": 1, "never": 0, "main": 1}
 
 
+def test_a_branch_without_a_valid_estimate_is_not_the_cheap_one():
+    unknown = CALLS.replace('"estimated_cycles":"10"', '"estimated_cycles":"9223372036854775807"')
+    counts = execution_counts(parse_module(unknown)).counts
+    assert (counts["cheap"], counts["dear"], counts["work"]) == (2, 0, 1)
+
+
 def test_a_branch_for_rare_chunks_is_not_counted():
     """The dearest branch is what rows cost in which documents begin inside chunks; plans are of long documents."""
     call = "%e1 = f32[8]{0} call(%e), to_apply=%work"

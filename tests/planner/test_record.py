@@ -45,12 +45,13 @@ def test_a_row_has_both_twins():
 
 
 def test_a_plan_compiled_again_is_compared():
-    old = {"digest": "a", "versions": {"jax": "1"}, "peak_gib": 10.0, "step_seconds": 2.0, "matmul_tflop": 100.0}
+    made = {"jax": "1", "jaxlib": "1", "libtpu": "5"}
+    old = {"digest": "a", "versions": made, "peak_gib": 10.0, "step_seconds": 2.0, "matmul_tflop": 100.0}
     assert record.differences(old, old | {"step_seconds": 2.009}) == []
     assert record.differences(old, old | {"step_seconds": 2.02}) == [
-        "step_seconds: 2.0 is recorded (jax 1), 2.02 came out"
+        "step_seconds: 2.0 is recorded (jax 1, libtpu 5), 2.02 came out (jax 1, libtpu 5)"
     ]
-    newer = {"versions": {"jax": "2"}}
+    newer = {"versions": made | {"libtpu": "6"}}
     assert record.differences(old, old | newer | {"step_seconds": 2.2, "peak_gib": 9.0}) == []
     assert len(record.differences(old, old | newer | {"step_seconds": 2.4, "matmul_tflop": 102.0})) == 2
     assert len(record.differences(old, old | {"digest": "b"})) == 1
@@ -82,3 +83,50 @@ def test_plans_of_an_older_program_have_a_star():
     new |= {"versions": {"jax": "1", "libtpu": "2"}}
     table = record.to_table({"new": new, "old": new | {"program": record.PROGRAM - 1}}).splitlines()
     assert ("| 1.00 |" in table[-2], "| 1.00 * |" in table[-1]) == (True, True)
+
+
+def test_records_say_what_made_them():
+    for name, entry in record.load_records().items():
+        assert tuple(entry["versions"]) == record.VERSIONS and all(entry["versions"].values()), name
+
+
+def test_a_check_says_which_versions_it_compares(monkeypatch):
+    """Other versions are neither a silent pass nor a mismatch that looks like the code's."""
+    item = record.wanted_plans()[0]
+    kept = record.load_records()[item.name] | {"digest": item.digest()}
+    here = dict(kept["versions"])
+    said: list[str] = []
+    monkeypatch.setattr(record, "load_records", lambda: {item.name: kept})
+    monkeypatch.setattr(record, "compiler_versions", lambda: here)
+    monkeypatch.setattr(record, "compile_plan", lambda item: {})
+    monkeypatch.setattr(record, "to_record", lambda plan, digest: kept | {"versions": here} | changed)
+
+    changed: dict = {}
+    assert record.check([item], said.append) == []
+    assert "recorded with these versions (jax " in said[0] and "must agree to 0.5%" in said[0]
+    assert said[1].endswith("agrees")
+
+    here["libtpu"] = "0.0.42.1"
+    assert record.check([item], said.append) == []
+    for part in (f"libtpu {kept['versions']['libtpu']}; here are", "libtpu 0.0.42.1", "compared to 15% only"):
+        assert part in said[2], said[2]
+
+    changed = {"step_seconds": 2 * kept["step_seconds"]}
+    (line,) = record.check([item], said.append)
+    assert f"libtpu {kept['versions']['libtpu']})" in line and "libtpu 0.0.42.1)" in line
+    assert said[-1].endswith("1 numbers differ")
+
+
+def test_a_time_that_is_a_lower_bound_is_marked():
+    plan = {
+        "versions": {"jax": "1", "libtpu": "2"}, "mesh": "fsdp 4", "tokens_per_step": 10, "remat": "full",
+        "microbatches": 1, "verdict": {"needed": 2**30, "available": 2 * 2**30}, "cost": {"matmul_flops": 1},
+        "prediction": {
+            "step_seconds": 1.5, "mfu": 0.5, "tokens_per_second_per_chip": 7, "unknown": ["sort at a.py:1"],
+        },
+    }  # fmt: skip
+    entry = record.to_record(plan, "abc")
+    assert entry["without_estimate"] == 1
+    assert "| > 1.50 |" in record.to_table({"a b": entry})
+    plan["prediction"]["unknown"] = []
+    assert "| 1.50 |" in record.to_table({"a b": record.to_record(plan, "abc")})

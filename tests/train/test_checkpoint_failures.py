@@ -483,3 +483,14 @@ def test_a_run_killed_while_saving_resumes_from_the_step_before(tmp_path):
         assert_same_bits(restored, expected)
         assert checkpoints.save(2, expected, make_info(2))
     assert folders(tmp_path) == ["1", "2"]
+
+
+def test_parameters_alone_are_compared_with_their_checksums(tmp_path):
+    """A bit that is flipped below what Orbax notices: what an evaluation or an export reads."""
+    save_wide(tmp_path, 1)
+    with Checkpoints(tmp_path, KEEP_ALL, read_only=True) as checkpoints:
+        params = wide(1)["params"]
+        assert_same_bits(checkpoints.restore_params(1, params), make_state(1, width=400)["params"])
+        flip_one_bit(tmp_path / "1")
+        with pytest.raises(DamagedError, match="checkpoint step 1 in"):
+            checkpoints.restore_params(1, params)

@@ -136,3 +136,69 @@ def test_bf16_cache_keeps_the_state_in_fp32():
     assert o_BD.dtype == jnp.bfloat16
     assert cache.s_nBDF.dtype == jnp.float32
     assert np.any(np.asarray(cache.s_nBDF))
+
+
+# --- signals of a layer, by hand -----------------------------------------------------------------------------------
+
+LAYERS = (2, 0)  # of a model's three, whose weights differ in size
+
+
+@functools.cache
+def full_chunks():
+    """Two TTT layers whose open chunks are full, with states of their own; arrays by name, float64."""
+    rng = np.random.default_rng(7)
+    n = len(LAYERS)
+    sizes = {
+        "s": (n, ROWS, D, F),
+        "z": (n, ROWS, C, F),
+        "x": (n, ROWS, C, D),
+        "o": (n, ROWS, C, D),
+        "w_target": (n, D, D),
+    }
+    made = {name: rng.standard_normal(shape) for name, shape in sizes.items()}
+    return made | {"w_down": rng.standard_normal((3, D, F)) * np.array([1.0, 4.0, 16.0])[:, None, None]}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def signals_of(signal, eta):
+    made = {name: jnp.asarray(x, jnp.float32) for name, x in full_chunks().items()}
+    cache = ttt.init_cache(len(LAYERS), ROWS, C, D, F, jnp.dtype("float32"))._replace(
+        s_nBDF=made["s"], z_nBCF=made["z"], x_nBCD=made["x"], o_nBCD=made["o"]
+    )
+    weights = ttt.FastWeights(made["w_down"], jnp.array(LAYERS), made["w_target"], None)
+    _, decision = ttt.commit(
+        cache, weights, jnp.ones(ROWS, bool), eta=eta, chunk_B=jnp.zeros(ROWS, jnp.int32), sequence_B=jnp.arange(ROWS),
+        rule=ttt.GateRule("online", signal),
+    )  # fmt: skip
+    return decision.signal
+
+
+def targets_by_hand():
+    """V = the next token's source times the target projection; the last token of a chunk has none."""
+    made = full_chunks()
+    following = np.zeros_like(made["x"])
+    following[:, :, :-1] = made["x"][:, :, 1:]
+    return np.einsum("nbcd,nde->nbce", following, made["w_target"])
+
+
+def test_delta_norm_is_the_update_over_the_weight_of_its_own_layer():
+    made, eta = full_chunks(), 0.3
+    update = eta * np.einsum("nbcd,nbcf->nbdf", targets_by_hand(), made["z"])
+    weight_n = np.sqrt(np.square(made["w_down"][list(LAYERS)]).sum(axis=(1, 2)))
+    wanted = np.sqrt(np.square(update).sum(axis=(2, 3))) / weight_n[:, None]
+    assert_close(signals_of("delta_norm", eta), wanted, 1e-5)
+
+
+def test_redundancy_looks_at_what_the_state_alone_adds():
+    """Neither W0's part of what was read nor the whole of it, which the cache holds too."""
+    made, v = full_chunks(), targets_by_hand()
+
+    def relative_error(read):
+        inner = (read * v).sum(axis=(2, 3))
+        cosine = inner / np.sqrt(np.square(read[:, :, :-1]).sum(axis=(2, 3)) * np.square(v).sum(axis=(2, 3)))
+        return 1 - np.square(np.maximum(cosine, 0))
+
+    assert_close(
+        signals_of("redundancy", 0.3), relative_error(np.einsum("nbcf,nbdf->nbcd", made["z"], made["s"])), 1e-5
+    )
+    assert_close(signals_of("reconstruction", 0.3), relative_error(made["o"]), 1e-5)

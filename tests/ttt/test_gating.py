@@ -181,3 +181,14 @@ def test_own_signals_are_what_they_say():
     np.testing.assert_allclose(own_signal("reconstruction", v, v, measured), 0, atol=1e-5)
     np.testing.assert_allclose(own_signal("reconstruction", -v, v, measured), 1)
     np.testing.assert_allclose(own_signal("reconstruction", 0 * v, v, measured), 1)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.25, 0.75, 0.9])
+def test_online_writes_about_its_rate_from_the_first_chunks_on(rate):
+    """The first quantile is that of the rate, not of its complement; what comes later would mend any start."""
+    signal_MB = jnp.asarray(np.random.default_rng(0).standard_normal((20, 400)), jnp.float32)
+    gate_MB, margin_MB, _ = drive(GateRule("online"), GateSettings(rate=rate, gamma=0.0), signal_MB)
+    np.testing.assert_allclose(np.asarray(gate_MB)[5:].mean(), rate, atol=0.05)
+    assert (np.asarray(margin_MB)[0] > 0).all() == (rate > 0.5), "a first signal is its own mean"
+    adapted_MB, _, _ = drive(GateRule("online"), GateSettings(rate=rate), signal_MB)
+    np.testing.assert_allclose(np.asarray(adapted_MB)[:10].mean(), rate, atol=0.15)

@@ -11,9 +11,11 @@ from typing import Any, get_args
 
 import numpy as np
 
-from intttrain.evals.bootstrap import INTERVAL, Estimate, bootstrap_ratio
+from intttrain.evals.bootstrap import FEW_DOCUMENTS, INTERVAL, Estimate, bootstrap_ratio, few_warning
 from intttrain.evals.code.sandbox import Outcome, Verdict
 from intttrain.evals.tables import aligned, estimate_json, with_interval
+
+_HIGHEST = 100.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +30,7 @@ class CodeReport:
       differences: ``"on - off"`` and so on, the first condition and each other one, paired over problems.
       outcomes: by condition, how many programs ended in which way.
       bootstrap_samples, bootstrap_seed: of all intervals.
+      warnings: one line each.
     """
 
     name: str
@@ -39,6 +42,7 @@ class CodeReport:
     outcomes: dict[str, dict[str, int]]
     bootstrap_samples: int
     bootstrap_seed: int
+    warnings: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain containers; an end of an interval that is unknown is ``None``."""
@@ -54,6 +58,7 @@ class CodeReport:
             "levels": {name: self._by_k(estimate) for name, estimate in self.levels.items()},
             "differences": {name: self._by_k(estimate) for name, estimate in self.differences.items()},
             "outcomes": self.outcomes,
+            "warnings": list(self.warnings),
         }
 
     def _by_k(self, estimate: Estimate) -> dict[str, Any]:
@@ -75,6 +80,7 @@ class CodeReport:
             f"({self.bootstrap_samples} resamples), not over training seeds",
             "",
             *aligned(cells),
+            *(f"warning: {warning}" for warning in self.warnings),
         ]
         return "\n".join(lines) + "\n"
 
@@ -107,23 +113,25 @@ def make_code_report(
         for condition, by_problem in verdicts.items()
     }
 
-    def estimate(sum_NK: np.ndarray) -> Estimate:
-        return bootstrap_ratio(sum_NK, np.ones_like(sum_NK), samples=bootstrap_samples, seed=bootstrap_seed)
+    def estimate(sum_NK: np.ndarray, lowest: float) -> Estimate:
+        options: dict[str, int] = {"samples": bootstrap_samples, "seed": bootstrap_seed}
+        return bootstrap_ratio(sum_NK, np.ones_like(sum_NK), limits=(lowest, _HIGHEST), **options)
 
     return CodeReport(
         name=name,
         problems=problems,
         samples=samples,
         pass_at=tuple(pass_at),
-        levels={condition: estimate(values) for condition, values in percent_NK.items()},
+        levels={condition: estimate(values, 0.0) for condition, values in percent_NK.items()},
         differences={
-            f"{first} - {other}": estimate(percent_NK[first] - percent_NK[other])
+            f"{first} - {other}": estimate(percent_NK[first] - percent_NK[other], -_HIGHEST)
             for other in verdicts
             if other != first
         },
         outcomes={condition: _counts(by_problem) for condition, by_problem in verdicts.items()},
         bootstrap_samples=bootstrap_samples,
         bootstrap_seed=bootstrap_seed,
+        warnings=(few_warning(f"{problems} problems"),) if problems < FEW_DOCUMENTS else (),
     )
 
 
