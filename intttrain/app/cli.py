@@ -20,11 +20,13 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
+from intttrain.app.arguments import check_given, define_number, split_overrides
 from intttrain.app.examples import with_found_configs
 from intttrain.core.config_eval import GATES, SIGNALS
 from intttrain.core.config_types import LARGEST, SEEDS
 from intttrain.core.errors import UserError, did_you_mean, explain_exit
 from intttrain.core.overrides import apply_overrides
+from intttrain.core.streams import outlive_reader
 
 Command = Callable[[flags.FlagValues], int]
 Define = Callable[[flags.FlagValues], Any]  # adds flags
@@ -48,6 +50,7 @@ def main() -> None:
     # As with `python -m`: a configuration may import its neighbours from the folder where the command runs.
     if not sys.flags.safe_path and sys.path[:1] != [os.getcwd()]:
         sys.path.insert(0, os.getcwd())
+    sys.stdout, sys.stderr = outlive_reader(sys.stdout), outlive_reader(sys.stderr)
     sys.exit(run(sys.argv[1:]))
 
 

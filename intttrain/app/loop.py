@@ -35,7 +35,7 @@ from intttrain.core.stages import Stage, make_stages, stage_after
 from intttrain.core.step_times import STEP_TIMES_FILE, StepTimes
 from intttrain.core.watchdog import Watchdog
 from intttrain.core.weights_and_biases import WandbRun
-from intttrain.core.workdir import Workdir
+from intttrain.core.workdir import Place, Workdir
 from intttrain.data import Batch, make_batches, make_row_dataset
 from intttrain.train import Checkpoints, Program, TrainState, check_compatible, make_program
 
@@ -72,7 +72,8 @@ def train(
       report_own: receives lines about this process.
 
     Raises:
-      UserError: input that does not fit together, an occupied workdir, a checkpoint that cannot be written.
+      UserError: input that does not fit together, an occupied workdir, another start in it, a checkpoint that cannot be
+        written.
       PassingError: storage or a network did not come back in time; saved, if that was possible.
       UnhealthyStepsError: too many steps were not applied (``train.skip``); the state before them is saved.
     """
@@ -81,10 +82,6 @@ def train(
     programs = [_make_program(stage) for stage in stages]  # compiles nothing: what does not fit is refused here
     identity = retried(lambda: make_identity(config), "the stores cannot be read", report)
     evaluation = LiveEvaluation(config, report)
-    claim = functools.partial(claim_workdir, workdir.place, identity)
-    on_first_process(lambda: retried(claim, f"{workdir.place} cannot be claimed", report))
-    check_shared(workdir.place)
-    keep_programs(workdir.place)
     with (
         Lease(place, report, watchdog.end) as lease,
         _opened(place, identity, lease, report_own) as workdir,
@@ -102,7 +99,7 @@ def train(
         ) as writers:  # fmt: skip
             log = StepLog(progress.stage, writers, StepTimes(open_key_value_store()), report)
             loop = _Loop(
-                stages, programs, progress, identity, workdir, checkpoints, evaluation, writers, log, profile,
+                stages, programs, progress, identity, workdir, lease, checkpoints, evaluation, writers, log, profile,
                 stopwatch, watchdog, report,
             )  # fmt: skip
             loop.run(config.train.num_steps if stop_at_step is None else stop_at_step, interrupts)
@@ -162,6 +159,7 @@ class _Loop:
                     self._settle()
                     self._save_once()
             raise
+        self.lease.say_ending()
         self._save_now()
 
     def _make_steps(self, until_step: int, interrupts: Interrupts) -> None:
@@ -292,6 +290,17 @@ def _wandb_run(config: Config, workdir: Workdir, identity: Identity) -> WandbRun
     if config.train.wandb_project is None or process_index() != 0:
         return None
     return WandbRun(config.train.wandb_project, config.name, read_run_id(workdir.place), identity.flat_config)
+
+
+@contextlib.contextmanager
+def _opened(place: Place, identity: Identity, lease: Lease, report: Callable[[str], None]) -> Iterator[Workdir]:
+    """Claims a workdir for this run and this start, and yields it; all processes do so together."""
+    claim = functools.partial(claim_workdir, place, identity, lease)
+    wait_for_first_process(lambda: retried(claim, f"{place} cannot be claimed", report))
+    check_shared(place)
+    keep_programs(place)
+    with Workdir(place, (METRICS_FILE, GOODPUT_FILE), report) as workdir:
+        yield workdir
 
 
 def _make_program(stage: Stage) -> Program:

@@ -3,6 +3,7 @@
     WORKDIR/
       config.json      the flat configuration and the data fingerprint, written once before anything else
       run_id           what the run is called elsewhere, wherever its folder is
+      lease/           which start trains there, or did so last
       checkpoints/     one folder per step
       metrics.jsonl    one line per logged step
       tensorboard/     the same for TensorBoard
@@ -26,6 +27,8 @@ from intttrain.core.config import Config, as_dict, resolve
 from intttrain.core.dotted import flatten, unflatten
 from intttrain.core.errors import UserError, user_error
 from intttrain.core.files import write_json, write_text
+from intttrain.core.lease import FOLDER as LEASE_FOLDER
+from intttrain.core.lease import Lease
 from intttrain.core.sharding import named_shardings, with_sharding
 from intttrain.core.stages import make_stages, stage_before
 from intttrain.core.workdir import Place
@@ -72,13 +75,17 @@ def make_identity(config: Config) -> Identity:
     )
 
 
-def claim_workdir(workdir: Place, identity: Identity) -> None:
-    """Makes ``workdir`` this run's, or checks that it already is; either way it has an id afterwards.
+def claim_workdir(workdir: Place, identity: Identity, lease: Lease) -> None:
+    """Makes ``workdir`` this run's, or checks that it already is, and takes it for this start; it has an id afterwards.
 
     Raises:
       UserError: it holds something else, a run with another configuration or other data, or another start trains there.
     """
-    _claim(workdir, identity)
+    _check_is_run_or_empty(workdir, identity)  # nothing is written into a folder of somebody else
+    workdir.mkdir(parents=True, exist_ok=True)
+    lease.claim()
+    if not _check_is_run_or_empty(workdir, identity):
+        write_json(workdir / CONFIG_FILE, dataclasses.asdict(identity))
     if not (workdir / ID_FILE).exists():
         write_text(workdir / ID_FILE, secrets.token_hex(8) + "\n")
     read_run_id(workdir)
@@ -100,7 +107,8 @@ def read_run_id(workdir: Place) -> str:
     return text
 
 
-def _claim(workdir: Place, identity: Identity) -> None:
+def _check_is_run_or_empty(workdir: Place, identity: Identity) -> bool:
+    """Returns whether ``workdir`` is this run's; otherwise it holds nothing but what a start leaves that was killed."""
     config_file = workdir / CONFIG_FILE
     if config_file.exists():
         check_compatible(_read_identity(config_file).info(0, 0), identity.flat_config, identity.fingerprint)

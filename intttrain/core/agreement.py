@@ -26,17 +26,38 @@ def on_first_process(action: Callable[[], None]) -> None:
       UserError: on every process, if ``action`` raised one or anything else that ``explain_exit`` explains; nobody is
         left waiting. ``PassingError`` if the failure passes by itself.
     """
-    failure = ""
-    if process_index() == 0:
-        try:
-            action()
-        except Exception as error:
-            if (explained := explain_exit(error)) is None:
-                raise
-            failure = _with_status(*explained)
+    failure = _failure_of(action) if process_index() == 0 else ""
     if process_count() > 1:
         failure = _text(np.asarray(multihost_utils.broadcast_one_to_all(_padded(failure))))
     _raise(failure)
+
+
+def wait_for_first_process(action: Callable[[], None]) -> None:
+    """Does what ``on_first_process`` does where it may take minutes: collectives of CPUs give up earlier."""
+    store = open_key_value_store()
+    if store is None:
+        _raise(_failure_of(action))
+        return
+    if store.index == 0:
+        store.put("first process", {"failure": _failure_of(action)})
+    while True:
+        try:
+            answer = store.get("first process", 0, _ASK_AGAIN_S)
+            break
+        except TimeoutError:
+            continue  # the watchdog looks whether process 0 is still there
+    _raise(answer["failure"])
+
+
+def _failure_of(action: Callable[[], None]) -> str:
+    """Returns what the action raised, as ``_raise`` reads it; ``""`` for nothing. What is a bug is raised."""
+    try:
+        action()
+    except Exception as error:
+        if (explained := explain_exit(error)) is None:
+            raise
+        return _with_status(*explained)
+    return ""
 
 
 def raise_together(failure: Exception | None) -> None:

@@ -32,7 +32,11 @@ class PassingError(UserError):
     status = RESTART_STATUS
 
 
-class MissingProcessError(PassingError):
+class WaitedError(PassingError):
+    """Something that was waited for as long as is worth it: only another start may help, not another attempt."""
+
+
+class MissingProcessError(WaitedError):
     """Another process of the run is not there."""
 
 

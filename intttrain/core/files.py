@@ -56,7 +56,11 @@ def create_json(path: Place, content: Mapping[str, Any]) -> None:
 
 def write_json(path: Place, content: Mapping[str, Any]) -> None:
     """Writes ``content`` as ``write_text`` does. Raises ``ValueError`` for numbers that JSON does not have."""
-    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+    write_text(path, _to_text(content))
+
+
+def _to_text(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2, allow_nan=False) + "\n"
 
 
 def append_line(path: Path, line: str) -> None:

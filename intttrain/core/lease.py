@@ -30,7 +30,7 @@ from collections.abc import Callable, Mapping
 from time import monotonic, sleep
 from typing import Any
 
-from intttrain.core.errors import PassingError, UserError
+from intttrain.core.errors import UserError, WaitedError
 from intttrain.core.files import create_text, write_text
 from intttrain.core.processes import describe_self, is_gone, is_near
 from intttrain.core.workdir import Place
@@ -85,6 +85,7 @@ class Lease(contextlib.AbstractContextManager["Lease"]):
           stop: called in the thread, and by ``check``, with what to say when the workdir was lost; ends the program.
         """
         self._workdir, self._folder, self._report, self._stop = workdir, workdir / FOLDER, report, stop
+        self._id = secrets.token_hex(8)
         self._number = 0
         self._start: _Start | None = None
         self._lost: UserError | None = None
@@ -99,37 +100,39 @@ class Lease(contextlib.AbstractContextManager["Lease"]):
 
         Raises:
           UserError: another start trains there.
-          PassingError: one that is about to end does not.
+          WaitedError: one that is about to end does not.
         """
         watch = _Watch(self._workdir, self._report)
-        while True:
+        while self._start is None:  # a caller that tries again may have it already
             number = max(self._numbers(), default=0)
             text = self._read(number) if number else None
-            is_free = not number or (text is not None and watch.may_take(number, text))
-            if is_free and self._take(number + 1):
+            own = self._is_own(text)  # left by an attempt that a failure cut off
+            is_free = own or not number or (text is not None and watch.may_take(number, text))
+            if is_free and self._take(number if own else number + 1):
                 self._thread.start()
-                return
-            sleep(watch.pause_s)  # also when its follower has just removed it, or was faster
+            else:
+                sleep(watch.pause_s)  # also when its follower has just removed it, or was faster
 
     def _take(self, number: int) -> bool:
         """Creates the file of a start; tells whether no other one was faster."""
         since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-        start = _Start(secrets.token_hex(8), describe_self(), since, BEAT_S)
+        start = _Start(self._id, describe_self(), since, BEAT_S)
         try:
             create_text(self._file(number), start.to_text())
         except FileExistsError:
-            found = _parse(self._read(number) or "")
-            if found is None or found.id != start.id:  # else a bucket did it, and was asked again
+            if not self._is_own(self._read(number)):  # else an answer was lost
                 return False
-        self._number, self._start = number, start
         others = self._numbers() - {number}
         if max(others, default=0) > number:
             self._remove(number)
-            self._start = None
             return False
         for other in others:
             self._remove(other)
+        self._number, self._start = number, start
         return True
+
+    def _is_own(self, text: str | None) -> bool:
+        return (found := _parse(text or "")) is not None and found.id == self._id
 
     # --- having it ---------------------------------------------------------------------------------------------------
 
@@ -249,7 +252,7 @@ class _Watch:
         """Tells whether the workdir is free, from what stands in the file of the newest start.
 
         Raises:
-          UserError, PassingError: as ``Lease.claim``.
+          UserError, WaitedError: as ``Lease.claim``.
         """
         self._note(number, text)
         holder = _parse(text)
@@ -286,7 +289,7 @@ class _Watch:
         if not is_near(holder.who) and self._clock() - self._changed >= self._silent_s:
             return self._is_silent(str(holder))
         if self._clock() - self._arrived >= ENDING_S:
-            raise PassingError(f"--workdir={self._workdir}: {holder}, does not come to its end in {ENDING_S:.0f} s")
+            raise WaitedError(f"--workdir={self._workdir}: {holder}, does not come to its end in {ENDING_S:.0f} s")
         self._say(f"{self._workdir}: waiting for the end of {holder}")
         return False
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from intttrain.core.errors import passes, reason_of
+from intttrain.core.errors import WaitedError, passes, reason_of
 
 T = TypeVar("T")
 
@@ -25,13 +25,13 @@ def retried(
       waits_s: by default ``WAITS_S``.
 
     Raises:
-      Exception: of the last attempt, or the first one that does not pass by itself (``passes``).
+      Exception: of the last attempt, or the first one that does not pass by itself (``passes``) or was waited for.
     """
     for wait_s in WAITS_S if waits_s is None else waits_s:
         try:
             return action()
         except Exception as error:
-            if not passes(error):
+            if isinstance(error, WaitedError) or not passes(error):
                 raise
             report(f"warning: {what} ({reason_of(error)}); trying again in {wait_s:g} s")
         time.sleep(wait_s)

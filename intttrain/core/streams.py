@@ -3,11 +3,48 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import sys
+from typing import Any, TextIO
 
 from intttrain.core.progress import Stream
+
+
+class _Pipe(io.FileIO):
+    """Takes what nobody reads any more: the command goes on, writes its files and ends with a status of its own."""
+
+    is_abandoned = False
+
+    def write(self, data: Any, /) -> int:
+        """Writes to the file descriptor, if there is still somebody at its other end."""
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            self.is_abandoned = True
+            return memoryview(data).nbytes
+
+
+def outlive_reader(stream: TextIO | None) -> TextIO | None:
+    """Returns a stream to the same file descriptor that never raises ``BrokenPipeError``, at its end neither.
+
+    For a reader that leaves, as in ``intttrain config --config=... | head``. A stream without a file descriptor
+    (closed, or of a test) comes back as it is.
+    """
+    if not isinstance(stream, io.TextIOWrapper):
+        return stream
+    stream.flush()
+    return io.TextIOWrapper(
+        io.BufferedWriter(_Pipe(stream.fileno(), "wb", closefd=False)),
+        encoding=stream.encoding, errors=stream.errors, line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )  # fmt: skip
+
+
+def _is_abandoned(stream: Stream) -> bool:
+    raw = stream.buffer.raw if isinstance(stream, io.TextIOWrapper) and hasattr(stream.buffer, "raw") else None
+    return isinstance(raw, _Pipe) and raw.is_abandoned
 
 
 def say(line: str) -> None:
@@ -20,19 +57,21 @@ def print_line(line: str, stream: Stream | None) -> None:
     """Prints a line at once; without a stream (a program that was started with it closed) it prints nothing.
 
     Raises:
-      OSError: the line cannot be written. If nobody reads the stream any more, later lines go nowhere, unseen.
+      OSError: the line cannot be written, or nobody reads the stream any more.
       ValueError: the stream is closed.
     """
     if stream is None:
         return
     try:
         print(line, file=stream, flush=True)
-    except BrokenPipeError:
-        drop(stream)
+    except BrokenPipeError:  # of another program's stream
+        _drop(stream)
         raise
+    if _is_abandoned(stream):
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
-def drop(stream: Stream | None) -> None:
+def _drop(stream: Stream | None) -> None:
     """Sends what a stream still holds, and whatever follows, to nowhere.
 
     Python tries once more to write it when the program ends. If that fails it complains, and ends with status 120.
@@ -54,4 +93,4 @@ def finish_streams() -> None:
             if stream is not None:
                 stream.flush()
         except (OSError, ValueError):
-            drop(stream)
+            _drop(stream)

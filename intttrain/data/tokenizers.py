@@ -239,9 +239,9 @@ def _check_end(tokenizer: Tokenizer, end_piece: str | None, text: str, path: Pat
     for spelling in (end_piece or "", text):
         if tokenizer.end_of_document in tokenizer.encode(spelling):
             raise UserError(
-                f"tokenizer.end_of_document={end_piece!r} of {path} is ordinary vocabulary: the text {spelling!r} gives "
-                f"its id {tokenizer.end_of_document}, so documents could end anywhere; name a special token or a control "
-                "symbol"
+                f"tokenizer.end_of_document={end_piece!r} of {path} is ordinary vocabulary: the text {spelling!r} "
+                f"gives its id {tokenizer.end_of_document}, so documents could end anywhere; name a special token or a "
+                "control symbol"
             )
 
 

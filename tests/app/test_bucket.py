@@ -18,6 +18,7 @@ import jax
 import pytest
 from etils import epath
 
+from intttrain.app.evaluate import write_into_free_folder
 from intttrain.core import workdir as workdir_module
 from intttrain.core.errors import PassingError
 from intttrain.core.workdir import Workdir, make_place

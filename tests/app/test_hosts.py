@@ -71,7 +71,7 @@ def test_a_workdir_that_is_not_shared_is_refused(world: World, tmp_path: Path) -
         line = run.error_line(0)
     assert line.startswith(f"error: --workdir=run on process 1 (host {HOST}) is not that of process 0"), line
     assert not (places[1] / "run").exists()
-    assert sorted(path.name for path in (places[0] / "run").iterdir()) == ["config.json", "lease"]
+    assert sorted(path.name for path in (places[0] / "run").iterdir()) == ["config.json", "lease", "run_id"]
 
 
 def test_a_workdir_that_cannot_be_made_ends_all_with_the_same_line(world: World, tmp_path: Path) -> None:

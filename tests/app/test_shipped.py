@@ -13,6 +13,7 @@ import pytest
 
 from intttrain.app import commands, evaluate, generate
 from intttrain.app.cli import COMMANDS
+from intttrain.core.config import resolve
 from tests.app.small import REPO, cli, done, error_line
 
 CONFIGS = sorted((REPO / "configs").glob("*.py"))
@@ -140,8 +141,9 @@ def test_demo_flags_exist_and_its_values_fit(demo: Demo, monkeypatch: pytest.Mon
         done(*call)
     assert len(reached) == len(calls) > 0
     stops = {values.stop_at_step for values in reached if "stop_at_step" in values} - {None}
-    assert all(0 < stop < values.config.train.num_steps for stop in stops for values in reached if "config" in values)
-    assert f"eval/{reached[0].config.train.num_steps}/positions.png" in DEMO.read_text()
+    steps = {resolve(values.config).train.num_steps for values in reached if "config" in values}
+    assert len(steps) == 1 and all(0 < stop < min(steps) for stop in stops)
+    assert f"eval/{min(steps)}/positions.png" in DEMO.read_text()
 
 
 def test_demo_continues_where_it_was(demo: Demo) -> None:

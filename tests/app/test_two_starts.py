@@ -142,7 +142,7 @@ def test_one_that_was_suspended_in_a_save_and_followed_writes_nothing_more(
         status, output = run.end()
     assert status == 2 and f"error: --workdir={workdir} was taken over by process {os.getpid()} on host" in output
     assert_same_run(workdir, straight)
-    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["10", "4", "8"]
+    assert steps(workdir) == [4, 8, NUM_STEPS]  # files that were under way may lie beside them, unfinished
 
 
 def test_all_processes_of_a_second_start_are_refused(world: World, tmp_path: Path) -> None:
