@@ -149,7 +149,8 @@ class GatedDocuments:
 
 def _of_rows(settings: ttt.GateSettings, asked_B: np.ndarray) -> ttt.GateSettings:
     """Returns the settings as arrays, with the forced gates of the rows of one call."""
-    settings = jax.tree.map(lambda x: np.asarray(x, np.int32 if isinstance(x, int) else np.float32), settings)
+    # A seed has 32 bits; jit itself would take a Python int below 2^31 only.
+    settings = jax.tree.map(lambda x: np.asarray(x, np.uint32 if isinstance(x, int) else np.float32), settings)
     return settings if settings.forced_nBM is None else settings._replace(forced_nBM=settings.forced_nBM[:, asked_B])
 
 

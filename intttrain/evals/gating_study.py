@@ -246,7 +246,7 @@ def _settings(name: str, rule: ttt.GateRule, rate: float, thresholds: Thresholds
     threshold_n = None
     if name in ("percentile", "ponder_ema", "ponder_ema_code"):
         threshold_n = thresholds[rule.signal, rule.update_on, rate]
-    return ttt.GateSettings(rate=rate, threshold_n=threshold_n, seed=np.uint32(config.eval.seed))
+    return ttt.GateSettings(rate=rate, threshold_n=threshold_n, seed=config.eval.seed)
 
 
 def _topk(reader: GatedDocuments, rule: ttt.GateRule, rate: float) -> Gated:

@@ -78,7 +78,7 @@ class GateSettings(NamedTuple):
     rate: Number = 0.5
     threshold_n: Float[Array, "n"] | Float[np.ndarray, "n"] | None = None
     gamma: Number = 0.1
-    seed: Number | np.uint32 = 0  # jit takes a Python int below 2^31 only
+    seed: Number = 0
     forced_nBM: Float[Array, "n B M"] | Float[np.ndarray, "n B M"] | None = None
 
 
