@@ -266,7 +266,7 @@ def _conditions(run: _Run) -> dict[str, Condition]:
                 gate.rule, gate.rate, gate.thresholds, model, where="eval.gates", flag="thresholds"
             )
             found[_label(gate)] = Condition(
-                model, params, model.ttt.eta, rule, settings._replace(seed=np.uint32(run.config.eval.seed))
+                model, params, model.ttt.eta, rule, settings._replace(seed=np.asarray(run.config.eval.seed, np.uint32))
             )
     if run.dense is not None:
         found["dense"] = Condition(*run.dense, 0.0)
