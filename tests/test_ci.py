@@ -50,4 +50,7 @@ def test_the_newest_releases_do_not_count(tmp_path):
 def test_the_newest_releases_wait_for_a_faster_machine(tmp_path):
     status, lines, parts = ci(tmp_path, seconds="200")
     assert (status, parts) == (0, PARTS[:-1])
-    assert "no time was left" in lines[-1]
+    assert "and a recorded plan; no time was left" in lines[-1]
+    status, lines, parts = ci(tmp_path, seconds="-1000")
+    assert (status, parts[len(PARTS) - 1 :]) == (0, PARTS[:-2])
+    assert "NO recorded plan" in lines[-1]
