@@ -43,7 +43,8 @@ def launch(
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
     }
     command = [str(REPO / "launch" / "local.sh"), str(processes), str(devices), sys.executable, "-m", *program.split()]
-    command += ["train", f"--config={config}", f"--workdir={workdir}", *FLAGS, *flags]
+    given = {flag.partition("=")[0]: flag for flag in (*FLAGS, *flags)}  # a flag may be given once
+    command += ["train", f"--config={config}", f"--workdir={workdir}", *given.values()]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert ended.returncode == status, ended.stdout[-3000:] + ended.stderr
     return ended.stdout
