@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 import time
 
 import jax
@@ -11,6 +10,7 @@ from jax.extend.backend import clear_backends
 
 from intttrain.core.distributed import check_single
 from intttrain.core.errors import PassingError, UserError, did_you_mean
+from intttrain.core.streams import say
 
 WAITS_S = (5, 10, 20, 30)  # between attempts at devices that are in use: a program that was killed takes a while to end
 PLATFORMS = ("cpu", "tpu", "cuda", "rocm")
@@ -50,7 +50,7 @@ def open_devices() -> None:
                 f"the devices are in use after {attempt} attempts in {sum(WAITS_S)} s: {reason}; end the program that "
                 "has them, or start again later"
             )
-        print(f"warning: the devices are in use ({reason}); trying again in {wait_s} s", file=sys.stderr, flush=True)
+        say(f"warning: the devices are in use ({reason}); trying again in {wait_s} s")
         time.sleep(wait_s)
 
 
