@@ -43,11 +43,15 @@ def launch(
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
     }
     command = [str(REPO / "launch" / "local.sh"), str(processes), str(devices), sys.executable, "-m", *program.split()]
-    given = {flag.partition("=")[0]: flag for flag in (*FLAGS, *flags)}  # a flag may be given once
-    command += ["train", f"--config={config}", f"--workdir={workdir}", *given.values()]
+    command += ["train", f"--config={config}", f"--workdir={workdir}", *flags_with(*flags)]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert ended.returncode == status, ended.stdout[-3000:] + ended.stderr
     return ended.stdout
+
+
+def flags_with(*flags: str) -> list[str]:
+    """``FLAGS`` with others, which replace those of the same name: a flag may be given once."""
+    return list({flag.partition("=")[0]: flag for flag in (*FLAGS, *flags)}.values())
 
 
 def mesh(**sizes: int) -> list[str]:
@@ -84,7 +88,7 @@ def test_four_processes_train_as_one_and_others_go_on_from_either(world: World, 
     assert "resumed at step 2" in launch(world, 1, 8, four_one, *mesh(fsdp=2, context=4), "--stop_at_step=3")
     shutil.copytree(four_one, alone)
     assert "resumed at step 3" in launch(world, 1, 2, four_one, *mesh(fsdp=2))
-    assert "resumed at step 3" in done("train", world.config, *FLAGS, *mesh(), f"--workdir={alone}").err
+    assert "resumed at step 3" in done("train", world.config, *flags_with(*mesh()), f"--workdir={alone}").err
 
     # Two devices hold half of the tokens of a row, and all of them in the second stage. Each process reads these and
     # the label after their end, no others.
