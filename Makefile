@@ -17,7 +17,7 @@ LOCK   ?= constraints.txt
 # One release of torch that is tested and is small where a CPU build is at hand; a newer one may bring gigabytes of
 # CUDA with it. May carry pip options.
 TORCH  ?= torch==2.13.0
-# More arguments for pytest: `make test TESTS='tests/core -k chunk'`.
+# More arguments for pytest: `make test TESTS='tests/ttt -k chunk'`.
 TESTS  ?=
 
 # A virtual environment that happens to be active has no say here.
@@ -70,7 +70,7 @@ check: $(full)
 
 # Compiles one of the shipped plans again, the cheapest, and compares it with its record.
 check-plan: $(full)
-	$(python) -m intttrain.planner.record --check "paper:500m_dense v6e:8x8"
+	$(python) -m tests.benchmarks.record_plans --check "paper:500m_dense v6e:8x8"
 
 golden: $(full)
 	$(python) -m pytest -n $(JOBS) --update-golden $(TESTS)

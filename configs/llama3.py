@@ -22,7 +22,7 @@ Other topologies and lengths: `docs/configs.md`.
 
 import ml_collections
 
-from intttrain.core.config import default_config
+from intttrain.config import default_config
 
 # Variant -> the topologies it is planned for. The keys are all variants there are.
 TOPOLOGIES: dict[str, tuple[str, ...]] = {

@@ -36,7 +36,7 @@ import dataclasses
 
 import ml_collections
 
-from intttrain.core.config import default_config
+from intttrain.config import default_config
 
 V5P, V5E, V6E, V7X = "v5p:4x4x4", "v5e:8x8", "v6e:8x8", "tpu7x:4x4x2"
 

@@ -39,7 +39,7 @@ from typing import Any
 
 import ml_collections
 
-from intttrain.core.config import default_config
+from intttrain.config import default_config
 
 V5P, V5E, V6E, TPU7X = "v5p:4x4x4", "v5e:16x16", "v6e:16x16", "tpu7x:4x4x4"
 

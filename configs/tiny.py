@@ -15,7 +15,7 @@ import sysconfig
 
 import ml_collections
 
-from intttrain.core.config import default_config
+from intttrain.config import default_config
 
 VARIANTS = ("ttt", "dense", "staged", "staged_dense")
 

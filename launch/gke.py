@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from intttrain.core.errors import FINAL_STATUSES, UserError
+from intttrain.config.errors import FINAL_STATUSES, UserError
 from intttrain.planner.topology import Topology, describe_topology
 
 # Values of cloud.google.com/gke-tpu-accelerator ("Plan TPUs in GKE" of the GKE documentation).

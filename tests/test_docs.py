@@ -19,9 +19,10 @@ import pytest
 from absl import flags
 
 from intttrain.app.cli import COMMANDS
-from intttrain.core import config as config_module
-from intttrain.core import config_eval, config_train
-from intttrain.core.config import Config, default_config, resolve
+from intttrain.config import Config, default_config, resolve
+from intttrain.config import evaluation as config_eval
+from intttrain.config import schema as config_module
+from intttrain.config import training as config_train
 from intttrain.train.compatibility import FREE_TO_CHANGE
 
 REPO = Path(__file__).resolve().parents[1]
@@ -95,7 +96,7 @@ def tables_of(text: str) -> dict[str, dict[str, list[str]]]:
 def check_rows(documented: dict[str, list[str]], wanted: dict[str, FieldRow]) -> None:
     missing, gone = sorted(wanted.keys() - documented.keys()), sorted(documented.keys() - wanted.keys())
     assert not missing, f"docs/config.md does not name {missing}"
-    assert not gone, f"docs/config.md names {gone}, which core/config.py does not have"
+    assert not gone, f"docs/config.md names {gone}, which config/schema.py does not have"
     for name, row in wanted.items():
         default, *rest = documented[name]
         assert default.strip("`") == row.default, f"{name}: docs/config.md says {default}, the default is {row.default}"

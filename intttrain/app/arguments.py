@@ -7,8 +7,8 @@ import re
 
 from absl import flags
 
-from intttrain.core.config_types import LARGEST
-from intttrain.core.errors import UserError
+from intttrain.config.errors import UserError
+from intttrain.config.literals import LARGEST
 
 
 class NumberParser(flags.FloatParser):

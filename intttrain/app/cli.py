@@ -22,11 +22,11 @@ from ml_collections import config_flags
 
 from intttrain.app.arguments import check_given, define_number, split_overrides
 from intttrain.app.examples import with_found_configs
-from intttrain.core.config_eval import GATES, SIGNALS
-from intttrain.core.config_types import LARGEST, SEEDS
-from intttrain.core.errors import UserError, did_you_mean, explain_exit
-from intttrain.core.overrides import apply_overrides
-from intttrain.core.streams import outlive_reader
+from intttrain.config.errors import UserError, did_you_mean, explain_exit
+from intttrain.config.evaluation import GATES, SIGNALS
+from intttrain.config.literals import LARGEST, SEEDS
+from intttrain.config.overrides import apply_overrides
+from intttrain.logs.streams import outlive_reader
 
 Command = Callable[[flags.FlagValues], int]
 Define = Callable[[flags.FlagValues], Any]  # adds flags

@@ -14,21 +14,21 @@ from absl import flags
 from intttrain.app.hosts import check_hosts
 from intttrain.app.loop import train
 from intttrain.app.runs import load_trained, parameter_counts
-from intttrain.core.config import Config, as_dict, resolve
-from intttrain.core.coordination import open_key_value_store
-from intttrain.core.devices import open_single
-from intttrain.core.distributed import check_single, process_index, start_distributed
-from intttrain.core.dotted import flatten
-from intttrain.core.errors import UserError
-from intttrain.core.files import write_json
-from intttrain.core.partial import remove_leftovers
-from intttrain.core.progress import human_count
-from intttrain.core.stages import make_stages
-from intttrain.core.streams import finish_streams, print_line, say
-from intttrain.core.watchdog import Watchdog
-from intttrain.core.workdir import make_place
+from intttrain.config import Config, as_dict, resolve
+from intttrain.config.dotted import flatten
+from intttrain.config.errors import UserError
+from intttrain.config.run_stages import make_stages
 from intttrain.data import prepare
 from intttrain.interop import export_model
+from intttrain.logs.progress import human_count
+from intttrain.logs.streams import finish_streams, print_line, say
+from intttrain.logs.workdir import make_place
+from intttrain.pod.coordination import open_key_value_store
+from intttrain.pod.devices import open_single
+from intttrain.pod.distributed import check_single, process_index, start_distributed
+from intttrain.pod.watchdog import Watchdog
+from intttrain.storage.files import write_json
+from intttrain.storage.partial import remove_leftovers
 
 
 def report(line: str) -> None:

@@ -18,23 +18,23 @@ from intttrain.app.follow import follow_run
 from intttrain.app.generate import gate_settings
 from intttrain.app.hosts import check_hosts
 from intttrain.app.runs import Trained, load_trained
-from intttrain.core.config import Config, ModelConfig, check_consistent, resolve
-from intttrain.core.config_eval import GateConfig
-from intttrain.core.coordination import open_key_value_store
-from intttrain.core.distributed import process_count, process_index, start_distributed
-from intttrain.core.errors import UserError
-from intttrain.core.files import create_json, write_json
-from intttrain.core.mesh import make_mesh
-from intttrain.core.sharding import check_evaluation
-from intttrain.core.stages import make_stages, stage_before
-from intttrain.core.watchdog import Watchdog
-from intttrain.core.workdir import Place, Workdir, make_place
+from intttrain.config import Config, ModelConfig, check_consistent, resolve
+from intttrain.config.errors import UserError
+from intttrain.config.evaluation import GateConfig
+from intttrain.config.run_stages import make_stages, stage_before
 from intttrain.data import Batch, TokenStore, document_rows
 from intttrain.evals import Complete, Completer, evaluate_ruler, evaluate_run, prepare_ruler, study_gates
 from intttrain.evals.code import evaluate_code
-from intttrain.evals.context import Condition, evaluate_contexts
-from intttrain.evals.gating_study import Calibration, calibrate
+from intttrain.evals.gating.study import Calibration, calibrate
+from intttrain.evals.positions.context import Condition, evaluate_contexts
+from intttrain.layout.mesh import make_mesh
+from intttrain.layout.sharding import check_evaluation
+from intttrain.logs.workdir import Workdir, make_place
 from intttrain.model import Generator, Params
+from intttrain.pod.coordination import open_key_value_store
+from intttrain.pod.distributed import process_count, process_index, start_distributed
+from intttrain.pod.watchdog import Watchdog
+from intttrain.storage.files import Place, create_json, write_json
 
 
 def report(line: str) -> None:
@@ -208,7 +208,7 @@ def _gating(run: _Run) -> None:
     )  # fmt: skip
 
     def plot(folder: Path) -> list[str]:
-        from intttrain.evals.gating_figure import plot_gating  # loads matplotlib
+        from intttrain.evals.gating.figure import plot_gating  # loads matplotlib
 
         plot_gating(result, folder)
         return sorted(path.name for path in folder.glob("gating_*.png"))

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from absl import flags
 
-from intttrain.core.errors import UserError, did_you_mean
-from intttrain.core.files import write_json
+from intttrain.config.errors import UserError, did_you_mean
+from intttrain.storage.files import write_json
 
 FOLDERS = ("configs", "launch")
 PACKAGE = Path(__file__).resolve().parents[1]

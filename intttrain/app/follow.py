@@ -8,10 +8,10 @@ from collections.abc import Callable
 import numpy as np
 
 from intttrain.app.runs import Trained, has_run, last_step
-from intttrain.core.agreement import decided_by_first, largest
-from intttrain.core.config_train import CheckpointConfig
-from intttrain.core.errors import UserError
-from intttrain.core.workdir import Place
+from intttrain.config.errors import UserError
+from intttrain.config.training import CheckpointConfig
+from intttrain.pod.agreement import decided_by_first, largest
+from intttrain.storage.files import Place
 from intttrain.train import Checkpoints
 
 POLL_S = 10.0

@@ -14,15 +14,15 @@ from absl import flags
 
 from intttrain import ttt
 from intttrain.app.runs import Trained, load_trained
-from intttrain.core.config import MeshConfig, ModelConfig
-from intttrain.core.devices import open_single
-from intttrain.core.errors import UserError
-from intttrain.core.files import write_json
-from intttrain.core.mesh import make_mesh
-from intttrain.core.sharding import pieces_of
-from intttrain.core.workdir import make_place
+from intttrain.config import MeshConfig, ModelConfig
+from intttrain.config.errors import UserError
 from intttrain.evals.completion import TextStream
+from intttrain.layout.mesh import make_mesh
+from intttrain.layout.sharding import pieces_of
+from intttrain.logs.workdir import make_place
 from intttrain.model import Generator, Request, Sampling
+from intttrain.pod.devices import open_single
+from intttrain.storage.files import write_json
 
 LONGEST_TALK = 8  # rows of training, as far as an interactive document may grow
 

@@ -9,14 +9,14 @@ from typing import Any
 import jax
 
 from intttrain.app.runs import load_trained
-from intttrain.core.config import MeshConfig
-from intttrain.core.devices import open_single
-from intttrain.core.errors import UserError, did_you_mean
-from intttrain.core.mesh import make_mesh
-from intttrain.core.sharding import pieces_of
-from intttrain.core.workdir import make_place
-from intttrain.evals.context import Condition
+from intttrain.config import MeshConfig
+from intttrain.config.errors import UserError, did_you_mean
 from intttrain.evals.harness import Respondent, register_model
+from intttrain.evals.positions.context import Condition
+from intttrain.layout.mesh import make_mesh
+from intttrain.layout.sharding import pieces_of
+from intttrain.logs.workdir import make_place
+from intttrain.pod.devices import open_single
 
 ARGUMENTS = ("workdir", "step", "update", "batch_size")
 

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from intttrain.app.runs import CONFIG_FILE, has_run
-from intttrain.core.agreement import first_message, largest
-from intttrain.core.config import Config, as_dict
-from intttrain.core.devices import open_devices
-from intttrain.core.distributed import process_index
-from intttrain.core.dotted import flatten
-from intttrain.core.errors import UserError
-from intttrain.core.preflight import check_agreement, check_devices, code_fingerprint, describe_processes
-from intttrain.core.workdir import Place
+from intttrain.config import Config, as_dict
+from intttrain.config.dotted import flatten
+from intttrain.config.errors import UserError
 from intttrain.data import TokenStore, make_tokenizer
+from intttrain.pod.agreement import first_message, largest
+from intttrain.pod.devices import open_devices
+from intttrain.pod.distributed import process_index
+from intttrain.pod.preflight import check_agreement, check_devices, code_fingerprint, describe_processes
+from intttrain.storage.files import Place
 from intttrain.train import package_versions
 
 SHARED_WAIT_S = 60.0  # network file systems remember for a while that a file was not there

@@ -7,8 +7,8 @@ import signal
 import types
 from collections.abc import Callable
 
-from intttrain.core.agreement import ask_largest
-from intttrain.core.distributed import process_count
+from intttrain.pod.agreement import ask_largest
+from intttrain.pod.distributed import process_count
 
 
 class Interrupts(contextlib.AbstractContextManager["Interrupts"]):

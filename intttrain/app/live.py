@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 import jax
 
-from intttrain.core.config import Config
-from intttrain.core.progress import human_duration
+from intttrain.config import Config
 from intttrain.data import TokenStore, document_rows
 from intttrain.evals import evaluate_run
+from intttrain.logs.progress import human_duration
 from intttrain.model import Params
 
 PREFIX = "eval/"  # of the metrics

@@ -17,26 +17,26 @@ from intttrain.app.observe import StepProfile
 from intttrain.app.runs import Identity, claim_workdir, make_identity, parameter_counts, read_run_id
 from intttrain.app.skips import BadStep, Skips
 from intttrain.app.step_log import StepLog
-from intttrain.core.agreement import wait_for_first_process
-from intttrain.core.compiler import keep_programs
-from intttrain.core.config import Config
-from intttrain.core.coordination import open_key_value_store
-from intttrain.core.distributed import process_count, process_index
-from intttrain.core.errors import PassingError, UserError, passes
-from intttrain.core.files import write_json
-from intttrain.core.goodput import GOODPUT_FILE, Stopwatch, summarise_goodput
-from intttrain.core.lease import Lease
-from intttrain.core.metrics import METRICS_FILE, MetricWriters, make_metric_writers
-from intttrain.core.progress import human_count
-from intttrain.core.retries import retried
-from intttrain.core.sharding import check_evaluation
-from intttrain.core.side_channels import ending_nothing
-from intttrain.core.stages import Stage, make_stages, stage_after
-from intttrain.core.step_times import STEP_TIMES_FILE, StepTimes
-from intttrain.core.watchdog import Watchdog
-from intttrain.core.weights_and_biases import WandbRun
-from intttrain.core.workdir import Place, Workdir
+from intttrain.config import Config
+from intttrain.config.errors import PassingError, UserError, passes
+from intttrain.config.run_stages import Stage, make_stages, stage_after
 from intttrain.data import Batch, make_batches, make_row_dataset
+from intttrain.layout.compiler import keep_programs
+from intttrain.layout.sharding import check_evaluation
+from intttrain.logs.goodput import GOODPUT_FILE, Stopwatch, summarise_goodput
+from intttrain.logs.lease import Lease
+from intttrain.logs.metrics import METRICS_FILE, MetricWriters, make_metric_writers
+from intttrain.logs.progress import human_count
+from intttrain.logs.side_channels import ending_nothing
+from intttrain.logs.weights_and_biases import WandbRun
+from intttrain.logs.workdir import Workdir
+from intttrain.pod.agreement import wait_for_first_process
+from intttrain.pod.coordination import open_key_value_store
+from intttrain.pod.distributed import process_count, process_index
+from intttrain.pod.step_times import STEP_TIMES_FILE, StepTimes
+from intttrain.pod.watchdog import Watchdog
+from intttrain.storage.files import Place, write_json
+from intttrain.storage.retries import retried
 from intttrain.train import Checkpoints, Program, TrainState, check_compatible, make_program
 
 
@@ -298,7 +298,7 @@ def _opened(place: Place, identity: Identity, lease: Lease, report: Callable[[st
     claim = functools.partial(claim_workdir, place, identity, lease)
     wait_for_first_process(lambda: retried(claim, f"{place} cannot be claimed", report))
     check_shared(place)
-    keep_programs(place)
+    keep_programs(str(place))
     with Workdir(place, (METRICS_FILE, GOODPUT_FILE), report) as workdir:
         yield workdir
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import jax
 
-from intttrain.core.config import Config
-from intttrain.core.hardware import find_chip
-from intttrain.core.side_channels import ending_nothing
+from intttrain.config import Config
+from intttrain.layout.hardware import find_chip
+from intttrain.logs.side_channels import ending_nothing
 from intttrain.model import model_flops_per_token
 
 PROFILE_FOLDER = "profile"

@@ -23,17 +23,16 @@ from typing import Any
 
 import jax
 
-from intttrain.core.config import Config, as_dict, resolve
-from intttrain.core.dotted import flatten, unflatten
-from intttrain.core.errors import UserError, user_error
-from intttrain.core.files import write_json, write_text
-from intttrain.core.lease import FOLDER as LEASE_FOLDER
-from intttrain.core.lease import Lease
-from intttrain.core.sharding import named_shardings, with_sharding
-from intttrain.core.stages import make_stages, stage_before
-from intttrain.core.workdir import Place
+from intttrain.config import Config, as_dict, resolve
+from intttrain.config.dotted import flatten, unflatten
+from intttrain.config.errors import UserError, user_error
+from intttrain.config.run_stages import make_stages, stage_before
 from intttrain.data import Tokenizer, make_tokenizer, mixture_fingerprint, open_stores
+from intttrain.layout.sharding import named_shardings, with_sharding
+from intttrain.logs.lease import FOLDER as LEASE_FOLDER
+from intttrain.logs.lease import Lease
 from intttrain.model import Params, abstract_params, logical_axes
+from intttrain.storage.files import Place, write_json, write_text
 from intttrain.train import CheckpointInfo, Checkpoints, check_compatible
 
 CONFIG_FILE = "config.json"

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from intttrain.core.config_train import SkipConfig
-from intttrain.core.errors import UserError
-from intttrain.core.stages import Stage
+from intttrain.config.errors import UserError
+from intttrain.config.run_stages import Stage
+from intttrain.config.training import SkipConfig
 from intttrain.data import describe_rows
 from intttrain.train import StepMetrics
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 
 from intttrain.app.observe import peak_memory_gib, utilisation
 from intttrain.app.skips import BadStep, find_bad_step
-from intttrain.core.metrics import MetricWriters
-from intttrain.core.progress import StepTimer
-from intttrain.core.stages import Stage
-from intttrain.core.step_times import StepTimes
+from intttrain.config.run_stages import Stage
+from intttrain.logs.metrics import MetricWriters
+from intttrain.logs.progress import StepTimer
+from intttrain.pod.step_times import StepTimes
 from intttrain.train import StepMetrics, scalars
 
 STATE_WARNING = 10.0  # |S| / |W0|; healthy runs stay below about 4

@@ -9,7 +9,7 @@ import dataclasses
 
 import numpy as np
 
-from intttrain.core.errors import UserError
+from intttrain.config.errors import UserError
 from intttrain.data.batch import Batch
 from intttrain.data.packing import document_row
 from intttrain.data.permutation import permutation

@@ -26,11 +26,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from intttrain.core.errors import UserError, nearest_divisors
-from intttrain.core.row_order import Ranges
+from intttrain.config.errors import UserError, nearest_divisors
 from intttrain.data.batch import Batch
 from intttrain.data.permutation import permutation
 from intttrain.data.store import TokenStore
+from intttrain.layout.row_order import Ranges
 
 # Part of the mixture fingerprint: raise it whenever the same inputs would give other rows.
 PACKING_VERSION = 1

@@ -21,13 +21,13 @@ from pathlib import Path
 
 import grain
 
-from intttrain.core.config import DataConfig
-from intttrain.core.errors import UserError
-from intttrain.core.row_order import Ranges
+from intttrain.config import DataConfig
+from intttrain.config.errors import UserError
 from intttrain.data.batch import Batch
 from intttrain.data.packing import PACKING_VERSION, PackedRows, blank_row, stack_rows
 from intttrain.data.permutation import derive_seed
 from intttrain.data.store import TokenStore
+from intttrain.layout.row_order import Ranges
 
 _MAX_READ_THREADS = 8  # reading a row is short NumPy work; more threads only wait for each other
 _NAMES_SHOWN = 3

@@ -14,13 +14,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from intttrain.core.config import PrepareConfig, SeqioSource, TextSource, TfdsSource
-from intttrain.core.errors import UserError
-from intttrain.core.partial import remove_leftovers
-from intttrain.core.publish import publish_directory
+from intttrain.config import PrepareConfig, SeqioSource, TextSource, TfdsSource
+from intttrain.config.errors import UserError
 from intttrain.data.store import StoreWriter
 from intttrain.data.text_files import FileCounts, read_text_files
 from intttrain.data.tokenizers import Tokenizer, make_tokenizer
+from intttrain.storage.partial import remove_leftovers
+from intttrain.storage.publish import publish_directory
 
 _REPORT_SECONDS = 2.0
 _GROUP_CHARACTERS = 1 << 22  # documents are handed to the tokenizer in groups of about this size

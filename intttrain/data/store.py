@@ -25,9 +25,9 @@ from typing import IO, Any
 
 import numpy as np
 
-from intttrain.core.errors import UserError
-from intttrain.core.publish import publish_directory
+from intttrain.config.errors import UserError
 from intttrain.data.tokenizers import Tokenizer
+from intttrain.storage.publish import publish_directory
 
 FORMAT = "intttrain token store"
 FORMAT_VERSION = 1

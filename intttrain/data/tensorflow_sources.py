@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from intttrain.core.config import SeqioSource, TfdsSource
-from intttrain.core.errors import UserError, did_you_mean
+from intttrain.config import SeqioSource, TfdsSource
+from intttrain.config.errors import UserError, did_you_mean
 
 
 def read_seqio(source: SeqioSource, report: Callable[[str], None]) -> Iterator[tuple[str, str]]:

@@ -8,8 +8,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from intttrain.core.config import TextSource
-from intttrain.core.errors import UserError
+from intttrain.config import TextSource
+from intttrain.config.errors import UserError
 
 
 @dataclasses.dataclass

@@ -18,8 +18,8 @@ from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
 
-from intttrain.core.config import TokenizerConfig
-from intttrain.core.errors import UserError
+from intttrain.config import TokenizerConfig
+from intttrain.config.errors import UserError
 
 BYTE_END = 256
 _REPLACEMENT = "\ufffd"

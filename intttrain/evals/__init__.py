@@ -22,15 +22,15 @@ code            HumanEval, with a sandbox for its programs evaluate_code
 from intttrain.evals.answers import AnswerFile
 from intttrain.evals.bootstrap import Estimate, bootstrap_difference, bootstrap_level
 from intttrain.evals.completion import Complete, Completer, TextStream
-from intttrain.evals.evaluate import evaluate_run
-from intttrain.evals.gating_study import study_gates
-from intttrain.evals.ngram import NgramCounts, count_ngrams, evaluate_ngrams
-from intttrain.evals.positions import PositionLosses, evaluate_positions
-from intttrain.evals.report import PositionReport, make_report
-from intttrain.evals.ruler import evaluate_ruler
-from intttrain.evals.ruler_data import prepare_ruler
-from intttrain.evals.ruler_report import RulerReport
-from intttrain.evals.ruler_tasks import RulerSample, RulerSet
+from intttrain.evals.gating.study import study_gates
+from intttrain.evals.positions.evaluate import evaluate_run
+from intttrain.evals.positions.losses import PositionLosses, evaluate_positions
+from intttrain.evals.positions.ngram import NgramCounts, count_ngrams, evaluate_ngrams
+from intttrain.evals.positions.report import PositionReport, make_report
+from intttrain.evals.ruler.data import prepare_ruler
+from intttrain.evals.ruler.evaluate import evaluate_ruler
+from intttrain.evals.ruler.report import RulerReport
+from intttrain.evals.ruler.tasks import RulerSample, RulerSet
 
 __all__ = [
     "AnswerFile",

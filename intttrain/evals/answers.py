@@ -13,9 +13,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from intttrain.core.agreement import on_first_process
-from intttrain.core.errors import UserError
-from intttrain.core.partial import is_locked_elsewhere
+from intttrain.config.errors import UserError
+from intttrain.pod.agreement import on_first_process
+from intttrain.storage.partial import is_locked_elsewhere
 
 Settings = Mapping[str, str | int | float | bool | None]
 _HEADER = "settings"

@@ -19,11 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from intttrain import ttt
-from intttrain.core.config import ModelConfig
-from intttrain.core.sharding import constrain, using_mesh
+from intttrain.config import ModelConfig
 from intttrain.data import Tokenizer
 from intttrain.evals.completion import Completer
-from intttrain.evals.context import Condition
+from intttrain.evals.positions.context import Condition
+from intttrain.layout.sharding import constrain, using_mesh
 from intttrain.model import Generator, Params, Reading, Sampling, bind, piece_tokens, read_documents
 
 MODEL_NAME = "intttrain"

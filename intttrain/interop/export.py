@@ -17,12 +17,12 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from intttrain.core.config import ModelConfig
-from intttrain.core.dotted import flatten
-from intttrain.core.errors import UserError
-from intttrain.core.publish import check_target_free, publish_directory
+from intttrain.config import ModelConfig
+from intttrain.config.dotted import flatten
+from intttrain.config.errors import UserError
 from intttrain.interop.hf_config import FAMILIES, MODELING_FILE, make_hf_config, needs_modeling_file
 from intttrain.interop.names import HFTensor, leaf_shapes, list_tensors
+from intttrain.storage.publish import check_target_free, publish_directory
 
 INDEX_FILE = "model.safetensors.index.json"
 DEFAULT_SHARD_BYTES = 5 * 10**9

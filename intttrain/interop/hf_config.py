@@ -12,8 +12,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from intttrain.core.config import Llama3Scaling, ModelConfig, RopeConfig, TTTConfig, YarnScaling
-from intttrain.core.errors import UserError, did_you_mean
+from intttrain.config import Llama3Scaling, ModelConfig, RopeConfig, TTTConfig, YarnScaling
+from intttrain.config.errors import UserError, did_you_mean
 
 MODELING_FILE = "modeling_intttrain.py"
 DEFAULT_MAX_POSITION = 32768  # nothing is computed from it without RoPE scaling; some tools read it as a length limit

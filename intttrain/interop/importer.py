@@ -10,9 +10,9 @@ import ml_dtypes  # noqa: F401  (teaches numpy the bfloat16 that safetensors ret
 import numpy as np
 from safetensors import safe_open
 
-from intttrain.core.config import ModelConfig
-from intttrain.core.dotted import unflatten
-from intttrain.core.errors import UserError
+from intttrain.config import ModelConfig
+from intttrain.config.dotted import unflatten
+from intttrain.config.errors import UserError
 from intttrain.interop.export import INDEX_FILE
 from intttrain.interop.hf_config import TTT_KEYS, read_hf_config
 from intttrain.interop.names import TTT_TENSOR, leaf_shapes, list_tensors

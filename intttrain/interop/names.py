@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from intttrain.core.config import ModelConfig
+from intttrain.config import ModelConfig
 
 CONV_TAPS = 5  # W; tap 0 is offset -2
 

@@ -14,8 +14,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from intttrain.core.config import ModelConfig
-from intttrain.core.sharding import constrain
+from intttrain.config import ModelConfig
+from intttrain.layout.sharding import constrain
 from intttrain.model.layers import make_param, rms_norm
 from intttrain.model.linear import linear
 from intttrain.model.rope import RopeTables, rotate

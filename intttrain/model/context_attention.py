@@ -3,7 +3,7 @@
 - ``all_to_all``: while attention runs, every device has whole rows and a part of the heads (of ``tensor`` x
   ``context``); key/value heads are copied where there are fewer than devices that share a row. Balanced as it is.
 - ``all_gather``: a shard keeps its queries and gathers all keys and values. Rows are stored balanced
-  (``core/row_order.py``), an early and a late piece in every shard, because late queries see more keys.
+  (``layout/row_order.py``), an early and a late piece in every shard, because late queries see more keys.
 - ``halo``: with a sliding window a shard needs only the last keys and values of the shard before it.
 
 On its device the work is done by ``splash`` (TPU kernels), ``banded`` (a sliding window in blocks) or ``dense`` (all
@@ -24,10 +24,10 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from intttrain.core.config import ModelConfig
-from intttrain.core.errors import UserError
-from intttrain.core.row_order import Ranges, context_way, halo_tokens, is_balanced, stored_ranges, stored_units
-from intttrain.core.sharding import (
+from intttrain.config import ModelConfig
+from intttrain.config.errors import UserError
+from intttrain.layout.row_order import Ranges, context_way, halo_tokens, is_balanced, stored_ranges, stored_units
+from intttrain.layout.sharding import (
     Axes,
     axis_size,
     constrain,

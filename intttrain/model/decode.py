@@ -17,13 +17,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from intttrain import ttt
-from intttrain.core.config import ModelConfig
-from intttrain.core.sharding import constrain
+from intttrain.config import ModelConfig
+from intttrain.layout.sharding import constrain
 from intttrain.model.cached_attention import KeyCache, attend_cached, cache_slots, remember_keys
 from intttrain.model.decoder import Decoder, delta_transform
+from intttrain.model.layer_stacks import plan_stages, scan_layers
 from intttrain.model.loss import is_likeliest, prediction_entropy, token_nll
 from intttrain.model.rope import rope_tables
-from intttrain.model.stages import plan_stages, scan_layers
 
 PIECE_TOKENS = 256  # of models without chunks of their own
 

@@ -16,14 +16,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from intttrain import ttt
-from intttrain.core.config import ModelConfig, TTTConfig
-from intttrain.core.row_order import is_balanced
-from intttrain.core.sharding import axis_size, constrain
+from intttrain.config import ModelConfig, TTTConfig
+from intttrain.layout.row_order import is_balanced
+from intttrain.layout.sharding import axis_size, constrain
 from intttrain.model.attention import Attention
 from intttrain.model.context_attention import attend
+from intttrain.model.layer_stacks import plan_stages
 from intttrain.model.layers import MLP, Embedding, RMSNorm, TTTParams
 from intttrain.model.rope import rope_tables
-from intttrain.model.stages import plan_stages
 from intttrain.model.train_layers import apply_layers, train_layers
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import jax
 
-from intttrain.core.config import ModelConfig
+from intttrain.config import ModelConfig
 from intttrain.model.decoder import OFFLOADED, REMAT_KEEPS
 from intttrain.model.functional import abstract_params
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from intttrain.core.config import ModelConfig
+from intttrain.config import ModelConfig
 from intttrain.model.decoder import Decoder
 
 Params = dict[str, Any]  # nested; leaves are arrays, e.g. params["layers"]["mlp"]["down"] is L x D x F

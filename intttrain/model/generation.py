@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from intttrain import ttt
-from intttrain.core.config import ModelConfig
-from intttrain.core.errors import UserError
-from intttrain.core.sharding import constrain, pieces_of, using_mesh
+from intttrain.config import ModelConfig
+from intttrain.config.errors import UserError
+from intttrain.layout.sharding import constrain, pieces_of, using_mesh
 from intttrain.model.decode import (
     DecodeState,
     Reading,

@@ -14,8 +14,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from intttrain import ttt
-from intttrain.core.config import ModelConfig
-from intttrain.core.sharding import constrain
+from intttrain.config import ModelConfig
+from intttrain.layout.sharding import constrain
 from intttrain.model.linear import linear, lookup
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from intttrain.core.sharding import (
+from intttrain.layout.sharding import (
     GATHERED,
     constrain,
     gather_pieces,

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from intttrain.core.sharding import max_over, per_device, position_on, sum_over
+from intttrain.layout.sharding import max_over, per_device, position_on, sum_over
 from intttrain.model.linear import table_gradient, whole_table
 
 _HIDDEN, _TOKENS, _TABLE = ("batch", "tokens", "width"), ("batch", "tokens"), ("vocab", "embed")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from intttrain.core.config import Llama3Scaling, RopeConfig, YarnScaling
+from intttrain.config import Llama3Scaling, RopeConfig, YarnScaling
 
 RopeTables = tuple[Float[Array, "B T h"], Float[Array, "B T h"]]  # cos and sin, h = H / 2
 

@@ -1,6 +1,6 @@
 """How many tokens the blocks of the splash kernels have: one table per chip and row length.
 
-The part of the peak that a block reaches is a static profile of ``python -m intttrain.planner.profile_kernels``
+The part of the peak that a block reaches is a static profile of ``python -m tests.benchmarks.profile_attention``
 (``planner/attention_cost.py`` has more of them). Blocks on the diagonal are computed whole, so a row of T tokens has
 1 + block / T times the scores that it needs, and large blocks pay only in long rows without a window.
 
@@ -17,7 +17,7 @@ import types
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from intttrain.core.sharding import device_kind
+from intttrain.layout.sharding import device_kind
 
 
 class Tile(NamedTuple):

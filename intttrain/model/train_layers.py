@@ -15,8 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from intttrain.core.scan import scan
-from intttrain.model.stages import Run, Stage, join, run_inputs, scan_layers, stage_inputs, unfold
+from intttrain.layout.scan import scan
+from intttrain.model.layer_stacks import Run, Stage, join, run_inputs, scan_layers, stage_inputs, unfold
 
 Tree = Any
 # block(carry, shared, layer inputs, TTT inputs or None) -> carry, TTT outputs (without gradient) or None

@@ -23,9 +23,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from intttrain.core.hardware import Chip
-from intttrain.planner.hlo import Instruction
-from intttrain.planner.kernels import (
+from intttrain.layout.hardware import Chip
+from intttrain.planner.xla.hlo import Instruction
+from intttrain.planner.xla.kernels import (
     KernelCost,
     KernelModel,
     is_kernel,
@@ -48,7 +48,7 @@ class Blocks(NamedTuple):
 
 # Part of one TensorCore's peak that a whole block reaches, segment ids and causal comparison included; head dim 128.
 #
-# Measured with jax 0.12.0 and libtpu 0.0.52, ``python -m intttrain.planner.profile_kernels --chip=NAME``: the
+# Measured with jax 0.12.0 and libtpu 0.0.52, ``python -m tests.benchmarks.profile_attention --chip=NAME``: the
 # compiler's static profile of one kernel whose block table was taken away, so that no body depends on run-time values
 # and every block of the square is computed; efficiency = matmul FLOPs of the square / (cycles x peak per cycle). The
 # square has 4096 tokens (2048 with blocks of 256, and for dq on v6e with blocks of 1024); 64 MiB of scoped

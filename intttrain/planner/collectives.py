@@ -23,11 +23,11 @@ import re
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
-from intttrain.core.hardware import CHIPS, Chip
-from intttrain.planner.flops import line_of, scope_of
-from intttrain.planner.groups import MeshGroups, read_groups
-from intttrain.planner.hlo import Computation, Instruction, Module
-from intttrain.planner.loops import ExecutionCounts
+from intttrain.layout.hardware import CHIPS, Chip
+from intttrain.planner.xla.flops import line_of, scope_of
+from intttrain.planner.xla.groups import MeshGroups, read_groups
+from intttrain.planner.xla.hlo import Computation, Instruction, Module
+from intttrain.planner.xla.loops import ExecutionCounts
 
 if TYPE_CHECKING:
     import jax

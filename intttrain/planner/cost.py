@@ -14,10 +14,10 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-from intttrain.planner.flops import line_of, matmul_flops, scope_of
-from intttrain.planner.hlo import Instruction, Module
-from intttrain.planner.kernels import KernelModel, is_kernel, kernel_name, kernel_settings, stated_cost
-from intttrain.planner.loops import ExecutionCounts, execution_counts
+from intttrain.planner.xla.flops import line_of, matmul_flops, scope_of
+from intttrain.planner.xla.hlo import Instruction, Module
+from intttrain.planner.xla.kernels import KernelModel, is_kernel, kernel_name, kernel_settings, stated_cost
+from intttrain.planner.xla.loops import ExecutionCounts, execution_counts
 
 # Categories. The last two run beside the rest or wait for other devices, so they are not part of ``Cost.cycles``.
 MATMUL, KERNEL, COPY, ELEMENTWISE, SLICE, OTHER = "matmul", "kernel", "copy", "elementwise", "slice", "other"

@@ -15,11 +15,11 @@ from typing import Any
 
 import jax
 
-from intttrain.core.config import Config
-from intttrain.core.hardware import GIB, Chip
-from intttrain.planner.flops import line_of, scope_of
-from intttrain.planner.hlo import Instruction, Module
-from intttrain.planner.liveness import Buffer, estimate_peak
+from intttrain.config import Config
+from intttrain.layout.hardware import GIB, Chip
+from intttrain.planner.xla.flops import line_of, scope_of
+from intttrain.planner.xla.hlo import Instruction, Module
+from intttrain.planner.xla.liveness import Buffer, estimate_peak
 
 PyTree = Any
 _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

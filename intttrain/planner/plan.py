@@ -17,23 +17,24 @@ from typing import Any
 
 import jax
 
-from intttrain.core.config import Config
-from intttrain.core.errors import UserError
-from intttrain.core.files import write_text
-from intttrain.core.hardware import Chip
-from intttrain.core.sharding import pieces_of
+from intttrain.config import Config
+from intttrain.config.errors import UserError
+from intttrain.layout.hardware import Chip
+from intttrain.layout.sharding import pieces_of
 from intttrain.model import FLOP_RULE, kept_values, model_flops_per_token
 from intttrain.planner.attention_cost import attention_model
 from intttrain.planner.collectives import Traffic, read_collectives, sum_traffic
 from intttrain.planner.cost import COLLECTIVE, Cost, Unpriced, step_cost
-from intttrain.planner.hlo import parse_module
-from intttrain.planner.kernels import KernelModel, stated_kernel_cost
-from intttrain.planner.loops import execution_counts
 from intttrain.planner.memory import Memory, Refusal, Verdict, read_memory, read_refusal, verdict
 from intttrain.planner.replication import Replicated, replicated_activations, replicated_arguments
 from intttrain.planner.scan_cost import scan_model
 from intttrain.planner.topology import Topology, describe_topology, topology_devices
+from intttrain.planner.xla.hlo import parse_module
+from intttrain.planner.xla.kernels import KernelModel, stated_kernel_cost
+from intttrain.planner.xla.loops import execution_counts
+from intttrain.storage.files import write_text
 from intttrain.train import Program, make_program
+from intttrain.ttt import MIXED_SCOPE
 
 PACKAGE = str(Path(__file__).resolve().parents[1])
 NEGLIGIBLE = 0.001  # of a step
@@ -141,7 +142,7 @@ def lower(program: Program) -> Any:
 
 def _analyse(config: Config, topology: Topology, program: Program, compiled: Any, text: str, seconds: float) -> Plan:
     module = parse_module(text)
-    counts = execution_counts(module)
+    counts = execution_counts(module, MIXED_SCOPE)
     memory = read_memory(compiled, module, state=program.state, batch=program.batch, folder=PACKAGE)
     cost = step_cost(module, kernel_cost=kernel_model(topology.chip), counts=counts, folder=PACKAGE)
     collectives = read_collectives(module, counts, program.mesh, folder=PACKAGE)

@@ -25,12 +25,12 @@ from typing import TYPE_CHECKING, Any
 import jax
 from jax.sharding import NamedSharding
 
-from intttrain.core.sharding import RULES
+from intttrain.layout.sharding import RULES
 from intttrain.planner.collectives import stands_for
-from intttrain.planner.flops import line_of, scope_of
-from intttrain.planner.groups import MeshGroups, read_groups
-from intttrain.planner.hlo import Computation, Instruction, Module
-from intttrain.planner.loops import ExecutionCounts
+from intttrain.planner.xla.flops import line_of, scope_of
+from intttrain.planner.xla.groups import MeshGroups, read_groups
+from intttrain.planner.xla.hlo import Computation, Instruction, Module
+from intttrain.planner.xla.loops import ExecutionCounts
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh

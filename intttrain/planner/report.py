@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from intttrain.core.hardware import GIB
-from intttrain.core.progress import human_count
+from intttrain.layout.hardware import GIB
+from intttrain.logs.progress import human_count
 from intttrain.planner.cost import COLLECTIVE, OFFLOADED, Cost
 from intttrain.planner.plan import Plan, Prediction
 

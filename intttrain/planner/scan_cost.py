@@ -9,9 +9,9 @@ import re
 import types
 from collections.abc import Mapping
 
-from intttrain.core.hardware import Chip
-from intttrain.planner.hlo import Instruction
-from intttrain.planner.kernels import (
+from intttrain.layout.hardware import Chip
+from intttrain.planner.xla.hlo import Instruction
+from intttrain.planner.xla.kernels import (
     KernelCost,
     KernelModel,
     is_kernel,
@@ -28,7 +28,7 @@ _COPIES: Mapping[str, int] = types.MappingProxyType({"forward": 3, "prefix": 2, 
 
 # Part of one device's peak, by D and F, for C = 1024 and the blocks that training takes.
 #
-# Measured with jax 0.12.0 and libtpu 0.0.52, ``python -m intttrain.planner.profile_scans --chip=NAME --shape=DxF``:
+# Measured with jax 0.12.0 and libtpu 0.0.52, ``python -m tests.benchmarks.profile_scans --chip=NAME --shape=DxF``:
 # the compiler's static profile of one kernel and four chunks, each of one document. The other shapes take the nearest.
 EFFICIENCY: Mapping[str, Mapping[str, Mapping[tuple[int, int], float]]] = types.MappingProxyType(
     {

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from intttrain.core.config import Config, as_dict, override
-from intttrain.core.dotted import flatten
-from intttrain.core.errors import UserError, did_you_mean
+from intttrain.config import Config, as_dict, override
+from intttrain.config.dotted import flatten
+from intttrain.config.errors import UserError, did_you_mean
 from intttrain.planner.plan import Plan, make_plan
 
 

@@ -13,8 +13,8 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from intttrain.core.errors import UserError, did_you_mean
-from intttrain.core.hardware import CHIPS, Chip, prepare_topology_compilation
+from intttrain.config.errors import UserError, did_you_mean
+from intttrain.layout.hardware import CHIPS, Chip, prepare_topology_compilation
 
 if TYPE_CHECKING:
     import jax

@@ -26,12 +26,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from intttrain.core.agreement import decided_by_first, first_message, largest, on_first_process, raise_together
-from intttrain.core.barrier import FailingBarrier
-from intttrain.core.config_train import CheckpointConfig
-from intttrain.core.distributed import process_count, process_index
-from intttrain.core.errors import PassingError, UserError, passes, user_error
-from intttrain.core.sharding import with_sharding
+from intttrain.config.errors import PassingError, UserError, passes, user_error
+from intttrain.config.training import CheckpointConfig
+from intttrain.layout.sharding import with_sharding
+from intttrain.pod.agreement import decided_by_first, first_message, largest, on_first_process, raise_together
+from intttrain.pod.coordination import FailingBarrier
+from intttrain.pod.distributed import process_count, process_index
 from intttrain.train.checkpoint_errors import (
     DamagedError,
     is_damage,

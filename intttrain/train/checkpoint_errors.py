@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from intttrain.core.errors import UserError
+from intttrain.config.errors import UserError
 
 # Status codes of TensorStore for files that are absent, too short or senseless. Others (PERMISSION_DENIED,
 # UNAVAILABLE, ...) say nothing about the files.

@@ -11,7 +11,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from intttrain.core.errors import UserError
+from intttrain.config.errors import UserError
 
 FORMAT = 2  # raised when an older program could misread what this one writes
 

@@ -8,7 +8,7 @@ import types
 from collections.abc import Mapping
 from typing import Any
 
-from intttrain.core.errors import UserError
+from intttrain.config.errors import UserError
 from intttrain.train.checkpoint import CheckpointInfo
 
 # Configuration keys that a resumed run may change, with the reason. Every other key is part of the run's identity, so

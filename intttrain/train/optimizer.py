@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from intttrain.core.config_train import ScheduleConfig, TrainConfig
+from intttrain.config.training import ScheduleConfig, TrainConfig
 
 PyTree = Any
 UpdateFn = Callable[..., tuple[PyTree, PyTree]]

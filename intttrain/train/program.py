@@ -1,8 +1,8 @@
 """The programs of a run, compiled for a mesh: what training calls and what the planner compiles are made here.
 
-A batch is cut over ``data`` and ``fsdp`` by rows and over ``context`` by tokens, stored as ``core/row_order.py`` says;
-parameters and both moments of the optimizer by the logical names of their dims (``core.sharding``); metrics are the
-same on every device.
+A batch is cut over ``data`` and ``fsdp`` by rows and over ``context`` by tokens, stored as ``layout/row_order.py``
+says; parameters and both moments of the optimizer by the logical names of their dims (``layout/sharding.py``); metrics
+are the same on every device.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from intttrain.core.compiler import compiler_options
-from intttrain.core.config import Config
-from intttrain.core.mesh import make_mesh
-from intttrain.core.row_order import Ranges, is_balanced, stored_ranges
-from intttrain.core.sharding import check_batch, named_shardings, partition_spec, using_mesh, with_sharding
+from intttrain.config import Config
 from intttrain.data import Batch
+from intttrain.layout.compiler import compiler_options
+from intttrain.layout.mesh import make_mesh
+from intttrain.layout.row_order import Ranges, is_balanced, stored_ranges
+from intttrain.layout.sharding import check_batch, named_shardings, partition_spec, using_mesh, with_sharding
 from intttrain.model import logical_axes
 from intttrain.train.optimizer import make_optimizer
 from intttrain.train.step import StepMetrics, TrainState, abstract_state, init_state, make_train_step
@@ -38,7 +38,7 @@ class Program:
       step: (state, batch) -> (state, metrics); the old state is donated.
       state: shapes, dtypes and shardings of the state.
       batch: the same of a batch, all rows of all processes.
-      balanced: whether rows are stored balanced (``core/row_order.py``).
+      balanced: whether rows are stored balanced (``layout/row_order.py``).
     """
 
     mesh: Mesh

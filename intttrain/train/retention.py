@@ -7,7 +7,7 @@ from typing import Any
 
 from orbax.checkpoint import checkpoint_managers as policies
 
-from intttrain.core.config_train import CheckpointConfig
+from intttrain.config.training import CheckpointConfig
 
 
 class KeepBest(policies.PreservationPolicy):

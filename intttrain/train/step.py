@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from intttrain.core.config import Config
-from intttrain.core.row_order import is_balanced, stored_units
-from intttrain.core.sharding import axis_size
+from intttrain.config import Config
 from intttrain.data import Batch
+from intttrain.layout.row_order import is_balanced, stored_units
+from intttrain.layout.sharding import axis_size
 from intttrain.model import Params, TTTStats, abstract_params, bind, init_params, token_nll
 from intttrain.train.optimizer import clip_by_norm, make_optimizer, make_schedule
 

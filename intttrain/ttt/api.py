@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from intttrain.core.errors import UserError
-from intttrain.core.row_order import stored_units
-from intttrain.core.sharding import axis_size, constrain
+from intttrain.config.errors import UserError
+from intttrain.layout.row_order import stored_units
+from intttrain.layout.sharding import axis_size, constrain
 from intttrain.ttt.kernel_blocks import Kernels, choose_kernels, pays, supports
 from intttrain.ttt.layout import FastWeightState, init_state, make_layout
 from intttrain.ttt.reference import project_reference
@@ -74,7 +74,7 @@ def fast_weight_projection(
         and no state is returned, which takes less memory.
       gradient_dtype: in which the gradient of W0 is summed over devices.
       transform: bounds on updates, static.
-      balanced: a context axis cuts the rows into two pieces a shard (``core/row_order.py``), and all arrays with T or
+      balanced: a context axis cuts the rows into two pieces a shard (``layout/row_order.py``), and all arrays with T or
         M have that order.
       implementation: ``reference`` (the definition, for tests), ``chunked`` (XLA), ``pallas`` (kernels for TPUs), or
         ``auto``: kernels where they run and are faster, else XLA.

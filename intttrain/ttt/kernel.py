@@ -399,7 +399,8 @@ def _suffix_body(
         _copy(_tile_copy(g_hbm, g_ref, semaphore, False, tile, back=True))
 
 
-# The two forms of a condition. Static profiles count nothing under one: ``planner/profile_scans.py`` replaces both.
+# The two forms of a condition. Static profiles count nothing under one: `tests/benchmarks/profile_scans.py` replaces
+# both.
 
 
 def either(condition: Any, usual: Callable[[], None], other: Callable[[], None]) -> None:

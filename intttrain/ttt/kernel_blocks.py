@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from itertools import product
 from typing import NamedTuple
 
-from intttrain.core import hardware
-from intttrain.core.sharding import axis_size, device_kind, platform
+from intttrain.layout import hardware
+from intttrain.layout.sharding import axis_size, device_kind, platform
 from intttrain.ttt.kernel import HANDED_ROWS, LANES, Machine, RecurrenceBlocks, SuffixBlocks
 from intttrain.ttt.transforms import DeltaTransform
 

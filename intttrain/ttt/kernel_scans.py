@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from intttrain.core.scan import scan
+from intttrain.layout.scan import scan
 from intttrain.ttt import kernel
 from intttrain.ttt.chunked import MIXED_SCOPE, Chunks, Forward, Gradients, empty_state
 from intttrain.ttt.kernel_blocks import TOKEN_MULTIPLE, Kernels, padded

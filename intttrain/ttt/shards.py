@@ -4,8 +4,8 @@ A device that holds whole rows runs them one after the other as one long row, in
 nothing is transposed and there is one state at a time.
 
 Where the mesh axis ``context`` cuts rows, every shard holds a stretch of whole, consecutive chunks, or two where rows
-are stored balanced (``core/row_order.py``). The recurrence is a segmented sum, so a stretch needs of the chunks before
-it one state only. Every shard sums up what its own stretches write, an exclusive scan over stretches in the order of
+are stored balanced (``layout/row_order.py``). The recurrence is a segmented sum, so a stretch needs of the chunks
+before it one state only. Every shard sums up what its own stretches write, an exclusive scan over stretches in the order of
 the row turns the sums into incoming states, and each shard then runs its chunks. The gradient is the mirror image: what
 the reads of a stretch want of its incoming state, scanned from the last stretch to the first, gives each one the
 gradient of its last state. No shard ever holds the states of the others: they exchange slices, 1 / n of every state to
@@ -24,8 +24,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from intttrain.core.scan import scan
-from intttrain.core.sharding import RULES, axis_size, constrain, gather_pieces, per_device, sum_over, sum_to_pieces
+from intttrain.layout.scan import scan
+from intttrain.layout.sharding import RULES, axis_size, constrain, gather_pieces, per_device, sum_over, sum_to_pieces
 from intttrain.ttt import chunked, kernel_scans
 from intttrain.ttt.chunked import Chunks, Forward, Gradients, empty_state, read_back, read_scale, written_state
 from intttrain.ttt.kernel_blocks import Kernels

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from intttrain.app.cli import run
-from intttrain.core.distributed import process_index
 from intttrain.data import packing
+from intttrain.pod.distributed import process_index
 
 
 def main() -> None:

@@ -18,9 +18,9 @@ import orbax.checkpoint as ocp
 
 from intttrain.app import loop, runs
 from intttrain.app.cli import run
-from intttrain.core import lease
-from intttrain.core.watchdog import Watchdog
 from intttrain.data import Batch
+from intttrain.logs import lease
+from intttrain.pod.watchdog import Watchdog
 
 MOMENTS = ("start", "compile", "step", "save", "end")
 held: set[str] = set()

@@ -25,7 +25,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from intttrain.core.errors import RESTART_STATUS
+from intttrain.config.errors import RESTART_STATUS
 from tests.app.small import BATCH_ROWS, REPO, World, checksums, make_world, metrics, steps
 
 PHASES = ("save", "step", "restore", "save")  # of four moments in a row; there is nothing to restore at first

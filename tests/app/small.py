@@ -18,9 +18,9 @@ import numpy as np
 
 from intttrain.app.cli import run
 from intttrain.app.runs import CONFIG_FILE
-from intttrain.core.config import Config, resolve
-from intttrain.core.dotted import unflatten
-from intttrain.core.metrics import METRICS_FILE, read_metrics
+from intttrain.config import Config, resolve
+from intttrain.config.dotted import unflatten
+from intttrain.logs.metrics import METRICS_FILE, read_metrics
 from intttrain.train import Checkpoints, abstract_state
 
 REPO = Path(__file__).resolve().parents[2]
@@ -33,7 +33,7 @@ CONFIG_TEXT = '''"""Everything at its smallest."""
 
 import ml_collections
 
-from intttrain.core.config import default_config
+from intttrain.config import default_config
 
 HERE = {root!r}
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from intttrain.app import loop
 from intttrain.app.cli import run
-from intttrain.core.distributed import process_index
 from intttrain.data import Batch
+from intttrain.pod.distributed import process_index
 
 
 def main() -> None:

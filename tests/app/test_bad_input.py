@@ -191,7 +191,7 @@ def test_configuration_files(world: World, new: Path, flag: str, wanted: list[st
     refused(world, new, f"train {flag} --workdir={{new}}", *wanted)
 
 
-START = "from intttrain.core.config import default_config\ndef get_config():\n    config = default_config()\n"
+START = "from intttrain.config import default_config\ndef get_config():\n    config = default_config()\n"
 
 
 @pytest.mark.parametrize(
@@ -395,7 +395,7 @@ def test_export_never_replaces(world: World, new: Path, straight: Path) -> None:
 def test_json_that_cannot_be_put_in_place_leaves_nothing(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from intttrain.core import files
+    from intttrain.storage import files
 
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")

@@ -19,9 +19,9 @@ import pytest
 from etils import epath
 
 from intttrain.app.evaluate import write_into_free_folder
-from intttrain.core import workdir as workdir_module
-from intttrain.core.errors import PassingError
-from intttrain.core.workdir import Workdir, make_place
+from intttrain.config.errors import PassingError
+from intttrain.logs import workdir as workdir_module
+from intttrain.logs.workdir import Workdir, make_place
 from intttrain.train import Checkpoints
 from tests.app.fake_gcs import FakeGcs, served
 from tests.app.small import NUM_STEPS, World, assert_same_state, cli, config_of, done, error_line, metrics

@@ -6,7 +6,7 @@ import pytest
 
 from intttrain.app import cli
 from intttrain.app.harness import load_respondent
-from intttrain.core.errors import UserError
+from intttrain.config.errors import UserError
 
 COMMANDS = {
     "prepare": ["--config=configs/tiny.py", "--output=OUT"],

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from intttrain.app import commands
-from intttrain.core.config_train import CheckpointConfig
-from intttrain.core.watchdog import Watchdog
+from intttrain.config.training import CheckpointConfig
+from intttrain.pod.watchdog import Watchdog
 from intttrain.train import Checkpoints
 from tests.app.small import NUM_STEPS, World, done, metrics
 

@@ -10,7 +10,7 @@ import pytest
 
 from intttrain.app import cli as cli_module
 from intttrain.app import evaluate
-from intttrain.evals import gating_study
+from intttrain.evals.gating import study as gating_study
 from tests.app.conftest import World
 from tests.app.small import cli, done, error_line, unchanged
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import jax
 
-from intttrain.core.errors import RESTART_STATUS
-from intttrain.core.metrics import METRICS_FILE, read_metrics
-from intttrain.core.step_times import STEP_TIMES_FILE
+from intttrain.config.errors import RESTART_STATUS
+from intttrain.logs.metrics import METRICS_FILE, read_metrics
+from intttrain.pod.step_times import STEP_TIMES_FILE
 from tests.app.small import World, steps
 from tests.processes import REPO, processes
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from intttrain.app import loop, step_log
-from intttrain.core.config_train import CheckpointConfig
-from intttrain.core.metrics import METRICS_FILE, read_metrics
-from intttrain.core.progress import StepTimer
+from intttrain.config.training import CheckpointConfig
 from intttrain.data import Batch
+from intttrain.logs.metrics import METRICS_FILE, read_metrics
+from intttrain.logs.progress import StepTimer
 from intttrain.train import Checkpoints
 from tests.app.small import BATCH_ROWS, NUM_STEPS, World, assert_same_state, cli, done, error_line, metrics
 

@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 
 from intttrain.app import loop, step_log
-from intttrain.core.config import Config
-from intttrain.core.config_train import CheckpointConfig
-from intttrain.core.metrics import METRICS_FILE, read_metrics
+from intttrain.config import Config
+from intttrain.config.training import CheckpointConfig
 from intttrain.data import Batch
+from intttrain.logs.metrics import METRICS_FILE, read_metrics
 from intttrain.train import Checkpoints, Program, TrainState
 from tests.app.paused import WAITING
 from tests.app.small import (

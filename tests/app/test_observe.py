@@ -13,10 +13,10 @@ import pytest
 
 from intttrain.app import observe
 from intttrain.app.runs import read_run_id
-from intttrain.core.config import default_config, resolve
-from intttrain.core.goodput import summarise_goodput
-from intttrain.core.hardware import CHIPS
-from intttrain.core.metrics import METRICS_FILE, read_metrics
+from intttrain.config import default_config, resolve
+from intttrain.layout.hardware import CHIPS
+from intttrain.logs.goodput import summarise_goodput
+from intttrain.logs.metrics import METRICS_FILE, read_metrics
 from intttrain.model import model_flops_per_token
 from tests.app.small import NUM_STEPS, World, cli, done, error_line
 

@@ -13,7 +13,7 @@ from tests.app.small import cli, done, error_line
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (the tpu extra)")
 
 CONFIG = """
-from intttrain.core.config import default_config
+from intttrain.config import default_config
 
 
 def get_config(variant="ttt"):
@@ -83,7 +83,7 @@ def test_flops_of_the_model_by_hand(compared: tuple[str, dict, dict, Path]) -> N
 
 
 def test_memory_is_the_compilers(config: str, compared: tuple[str, dict, dict, Path]) -> None:
-    from intttrain.core.config import resolve
+    from intttrain.config import resolve
     from intttrain.planner.plan import lower
     from intttrain.planner.topology import describe_topology, topology_devices
     from intttrain.train import make_program

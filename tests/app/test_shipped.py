@@ -13,7 +13,7 @@ import pytest
 
 from intttrain.app import commands, evaluate, generate
 from intttrain.app.cli import COMMANDS
-from intttrain.core.config import resolve
+from intttrain.config import resolve
 from tests.app.small import REPO, cli, done, error_line
 
 CONFIGS = sorted((REPO / "configs").glob("*.py"))

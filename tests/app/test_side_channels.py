@@ -16,9 +16,10 @@ import pytest
 
 from intttrain.app import loop
 from intttrain.app.runs import ID_FILE, read_run_id
-from intttrain.core import retries, side_channels
-from intttrain.core.errors import PassingError, UserError
-from intttrain.core.metrics import METRICS_FILE
+from intttrain.config.errors import PassingError, UserError
+from intttrain.logs import side_channels
+from intttrain.logs.metrics import METRICS_FILE
+from intttrain.storage import retries
 from tests.app.small import NUM_STEPS, REPO, World, assert_same_run, cli, done, error_line, metrics, steps
 
 STALE = OSError(errno.ESTALE, os.strerror(errno.ESTALE))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from intttrain import planner
-from intttrain.core.errors import UserError
+from intttrain.config.errors import UserError
 from tests.app.small import cli, error_line
 from tests.app.staged import STAGES, STOPS
 from tests.forced_devices import on_eight_cpu_devices

@@ -15,16 +15,17 @@ import jax
 import pytest
 
 from intttrain.app.runs import Identity, claim_workdir
-from intttrain.core import lease, processes
-from intttrain.core.errors import RESTART_STATUS, UserError
-from intttrain.core.lease import Lease
-from intttrain.core.workdir import make_place
+from intttrain.config.errors import RESTART_STATUS, UserError
+from intttrain.logs import lease
+from intttrain.logs.lease import Lease
+from intttrain.logs.workdir import make_place
+from intttrain.storage import processes
 from tests import processes as several
 from tests.app.fake_gcs import served
 from tests.app.held import MOMENTS
 from tests.app.small import NUM_STEPS, REPO, World, assert_same_run, assert_same_state, cli, error_line, metrics, steps
 from tests.app.test_bucket import download
-from tests.core.test_lease import forge
+from tests.logs.test_lease import forge
 
 
 class Held:

@@ -27,7 +27,7 @@ import jax
 import numpy as np
 
 from configs.tiny import get_config
-from intttrain.core.config import ModelConfig, resolve
+from intttrain.config import ModelConfig, resolve
 from intttrain.model import DecodeState, Generator, Request, Sampling
 from tests.interop.cases import export, make_params
 

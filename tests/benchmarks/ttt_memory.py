@@ -14,11 +14,11 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from intttrain import ttt
-from intttrain.core import hardware
-from intttrain.core.compiler import compiler_options
-from intttrain.core.config import MeshConfig
-from intttrain.core.mesh import make_mesh
-from intttrain.core.sharding import using_mesh
+from intttrain.config import MeshConfig
+from intttrain.layout import hardware
+from intttrain.layout.compiler import compiler_options
+from intttrain.layout.mesh import make_mesh
+from intttrain.layout.sharding import using_mesh
 
 D, F, C = 2560, 9728, 1024
 

@@ -15,9 +15,9 @@ from types import ModuleType
 
 import jax
 
-from intttrain.core.config import resolve
-from intttrain.core.errors import UserError
-from intttrain.core.mesh import MeshShape
+from intttrain.config import resolve
+from intttrain.config.errors import UserError
+from intttrain.layout.mesh import MeshShape
 from intttrain.train import make_program
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

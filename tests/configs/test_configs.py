@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from intttrain.app.commands import derived_values
-from intttrain.core.config import Config, as_dict, resolve
-from intttrain.core.dotted import flatten
-from intttrain.core.stages import make_stages
+from intttrain.config import Config, as_dict, resolve
+from intttrain.config.dotted import flatten
+from intttrain.config.run_stages import make_stages
 from tests.app.small import REPO, cli, done, error_line
 from tests.configs.programs import CONFIGS, FILES, MISFITS, device_count, load
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from intttrain.core.errors import UserError
+from intttrain.config.errors import UserError
 from intttrain.data import document_rows, stack_rows
 from tests.data.plain import END, one_line
 

@@ -8,7 +8,7 @@ import itertools
 import numpy as np
 import pytest
 
-from intttrain.core.errors import UserError
+from intttrain.config.errors import UserError
 from intttrain.data import Batch, PackedRows, TokenStore, blank_row, stack_rows
 from intttrain.data.permutation import derive_seed, mix64, permutation
 

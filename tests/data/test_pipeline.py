@@ -10,8 +10,8 @@ import shutil
 import numpy as np
 import pytest
 
-from intttrain.core.config import DataConfig, MixtureItem
-from intttrain.core.errors import UserError
+from intttrain.config import DataConfig, MixtureItem
+from intttrain.config.errors import UserError
 from intttrain.data import (
     PackedRows,
     describe_rows,

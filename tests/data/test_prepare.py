@@ -7,11 +7,11 @@ import importlib
 
 import pytest
 
-from intttrain.core.config import PrepareConfig, TextSource, TokenizerConfig
-from intttrain.core.errors import UserError
-from intttrain.core.processes import boot
+from intttrain.config import PrepareConfig, TextSource, TokenizerConfig
+from intttrain.config.errors import UserError
 from intttrain.data import TokenStore, make_tokenizer, prepare
 from intttrain.data.prepare import heldout_share
+from intttrain.storage.processes import boot
 from tests.data.plain import one_line
 
 BYTES = TokenizerConfig(kind="byte")

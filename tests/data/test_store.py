@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from intttrain.core.errors import UserError
-from intttrain.core.publish import publish_directory
+from intttrain.config.errors import UserError
 from intttrain.data import StoreWriter, TokenStore
+from intttrain.storage.publish import publish_directory
 from tests.data.plain import END, PlainTokenizer, one_line
 
 

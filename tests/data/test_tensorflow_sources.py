@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from intttrain.core.config import PrepareConfig, SeqioSource, TfdsSource, TokenizerConfig
-from intttrain.core.errors import UserError
+from intttrain.config import PrepareConfig, SeqioSource, TfdsSource, TokenizerConfig
+from intttrain.config.errors import UserError
 from intttrain.data import TokenStore, make_tokenizer, prepare
 from intttrain.data.tensorflow_sources import read_seqio, read_tfds
 from tests.data.plain import one_line

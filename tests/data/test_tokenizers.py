@@ -10,8 +10,8 @@ import pytest
 import sentencepiece
 import tokenizers
 
-from intttrain.core.config import TokenizerConfig
-from intttrain.core.errors import UserError
+from intttrain.config import TokenizerConfig
+from intttrain.config.errors import UserError
 from intttrain.data import Tokenizer, make_tokenizer
 from tests.data.plain import one_line
 

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from intttrain.core.config import Config, MeshConfig, default_config, resolve
-from intttrain.core.mesh import make_mesh
-from intttrain.core.row_order import stored_units
-from intttrain.core.sharding import using_mesh
+from intttrain.config import Config, MeshConfig, default_config, resolve
 from intttrain.data import Batch
+from intttrain.layout.mesh import make_mesh
+from intttrain.layout.row_order import stored_units
+from intttrain.layout.sharding import using_mesh
 from intttrain.model.attention import causal_mask, dense_attention
 from intttrain.model.context_attention import attend
 from intttrain.planner.plan import lower

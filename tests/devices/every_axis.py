@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from intttrain.core.config import Config, MeshConfig
-from intttrain.core.mesh import make_mesh
-from intttrain.core.sharding import using_mesh
+from intttrain.config import Config, MeshConfig
+from intttrain.layout.mesh import make_mesh
+from intttrain.layout.sharding import using_mesh
 from intttrain.model.attention import causal_mask, dense_attention
 from intttrain.model.context_attention import attend
 from tests.devices.equality import distance, take_step, tiny

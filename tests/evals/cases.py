@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from intttrain.core.config import Config, EvalConfig, ModelConfig, RopeConfig, TTTConfig, default_config, resolve
+from intttrain.config import Config, EvalConfig, ModelConfig, RopeConfig, TTTConfig, default_config, resolve
 from intttrain.data import Batch, StoreWriter, TokenStore, document_rows
 from intttrain.data.tokenizers import ByteTokenizer
 from intttrain.model import Params, abstract_params

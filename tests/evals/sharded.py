@@ -13,10 +13,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from intttrain.core.config import MeshConfig
-from intttrain.core.mesh import make_mesh
-from intttrain.core.sharding import named_shardings
+from intttrain.config import MeshConfig
 from intttrain.evals import PositionLosses, evaluate_positions
+from intttrain.layout.mesh import make_mesh
+from intttrain.layout.sharding import named_shardings
 from intttrain.model import logical_axes
 from tests.evals.cases import DENSE, EVAL, MODEL, make_params, make_rows, make_store
 

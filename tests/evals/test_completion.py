@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from intttrain.core.errors import UserError
+from intttrain.config.errors import UserError
 from intttrain.data.tokenizers import ByteTokenizer
 from intttrain.evals.completion import Completer, TextStream
 from intttrain.model import Generator, Sampling

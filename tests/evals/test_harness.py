@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from intttrain.app.harness import load_respondent
-from intttrain.core.errors import UserError
+from intttrain.config.errors import UserError
 from intttrain.data.tokenizers import ByteTokenizer
-from intttrain.evals.context import Condition
 from intttrain.evals.harness import Respondent, padded_length, register_model
+from intttrain.evals.positions.context import Condition
 from intttrain.model import abstract_params, bind
 from tests.evals.cases import CHUNK, MODEL
 

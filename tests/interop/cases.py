@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from intttrain.core.config import Llama3Scaling, ModelConfig, RopeConfig, TTTConfig, YarnScaling
-from intttrain.core.dotted import unflatten
+from intttrain.config import Llama3Scaling, ModelConfig, RopeConfig, TTTConfig, YarnScaling
+from intttrain.config.dotted import unflatten
 from intttrain.interop.export import ExportResult, export_model
 from intttrain.interop.names import leaf_shapes
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from intttrain.core.config import ModelConfig, TTTConfig
+from intttrain.config import ModelConfig, TTTConfig
 
 
 def logits(model: ModelConfig, params: dict[str, Any], tokens_T: np.ndarray, *, update: bool = True) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from intttrain.core.dotted import flatten
+from intttrain.config.dotted import flatten
 from intttrain.interop.importer import load_hf_folder
 from intttrain.interop.names import list_tensors
 from intttrain.model import Decoder

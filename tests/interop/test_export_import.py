@@ -12,8 +12,8 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from intttrain.core.dotted import flatten, unflatten
-from intttrain.core.errors import UserError
+from intttrain.config.dotted import flatten, unflatten
+from intttrain.config.errors import UserError
 from intttrain.interop import export as export_module
 from intttrain.interop.importer import load_hf_folder
 from intttrain.interop.names import list_tensors

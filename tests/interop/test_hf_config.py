@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from intttrain.core.config import RopeConfig
-from intttrain.core.errors import UserError
+from intttrain.config import RopeConfig
+from intttrain.config.errors import UserError
 from intttrain.interop.hf_config import make_hf_config, read_hf_config
 from tests.interop.cases import LLAMA3, YARN, make_model, make_ttt
 

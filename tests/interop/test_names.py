@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from intttrain.core.dotted import flatten, unflatten
+from intttrain.config.dotted import flatten, unflatten
 from intttrain.interop.names import leaf_shapes, list_tensors
 from tests.interop.cases import make_model, make_params, make_ttt
 

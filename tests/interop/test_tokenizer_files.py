@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from intttrain.core.errors import UserError
+from intttrain.config.errors import UserError
 from tests.interop.cases import VOCAB, export, make_model
 
 transformers = pytest.importorskip("transformers")

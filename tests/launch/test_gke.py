@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from intttrain.core.hardware import CHIPS
+from intttrain.layout.hardware import CHIPS
 from intttrain.planner.topology import describe_topology
 
 REPO = Path(__file__).resolve().parents[2]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from intttrain.core.distributed import choose_start
+from intttrain.pod.distributed import choose_start
 
 REPO = Path(__file__).resolve().parents[2]
 PAGES = {name: (REPO / "docs" / name).read_text() for name in ("launch.md", "operations.md")}
@@ -129,4 +129,4 @@ def test_compiler_flags_have_one_place():
     for script in (REPO / "launch").iterdir():
         if script.is_file():
             text = script.read_text().replace("--xla_force_host_platform_device_count", "")
-            assert "LIBTPU_INIT_ARGS" not in text and "--xla_" not in text, f"{script.name}: see core/compiler.py"
+            assert "LIBTPU_INIT_ARGS" not in text and "--xla_" not in text, f"{script.name}: see layout/compiler.py"

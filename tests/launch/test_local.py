@@ -19,7 +19,7 @@ USAGE = "usage: launch/local.sh [--dry_run] PROCESSES DEVICES_PER_PROCESS COMMAN
 
 SUM_PROGRAM = """
 import numpy as np
-from intttrain.core.distributed import describe_start, process_index, start_distributed
+from intttrain.pod.distributed import describe_start, process_index, start_distributed
 start_distributed()
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P

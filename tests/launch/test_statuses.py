@@ -1,4 +1,4 @@
-"""The table of exit statuses in docs/operations.md is what every launcher does, and what core/errors.py says."""
+"""The table of exit statuses in docs/operations.md is what every launcher does, and what config/errors.py says."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from intttrain.core.errors import FINAL_STATUSES, RESTART_STATUS, MissingProcessError, PassingError, UserError
+from intttrain.config.errors import FINAL_STATUSES, RESTART_STATUS, MissingProcessError, PassingError, UserError
 from tests.launch.test_gke import NEEDED, gke, job_and_pod, manifest
 from tests.launch.test_local import run as local
 from tests.launch.test_queued import Queue

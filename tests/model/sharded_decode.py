@@ -12,13 +12,13 @@ import jax
 import numpy as np
 
 from intttrain import ttt
-from intttrain.core.config import MeshConfig
-from intttrain.core.mesh import make_mesh
-from intttrain.core.sharding import named_shardings
+from intttrain.config import MeshConfig
 from intttrain.data.tokenizers import ByteTokenizer
-from intttrain.evals.context import Condition
-from intttrain.evals.gated import GatedDocuments
+from intttrain.evals.gating.documents import GatedDocuments
 from intttrain.evals.harness import Respondent
+from intttrain.evals.positions.context import Condition
+from intttrain.layout.mesh import make_mesh
+from intttrain.layout.sharding import named_shardings
 from intttrain.model import Generator, Request, Sampling, logical_axes
 from tests.model.test_gates import MODEL, PARAMS, TOKENS
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from intttrain import ttt
-from intttrain.core.config import ModelConfig, RopeConfig, TTTConfig
+from intttrain.config import ModelConfig, RopeConfig, TTTConfig
 from intttrain.model import (
     DecodeState,
     Reading,

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from intttrain.core.config import RopeConfig
+from intttrain.config import RopeConfig
 from intttrain.model import abstract_params, kept_values, matmul_parameters, model_flops_per_token
 from intttrain.model.flops import attended_tokens
 from tests.model.tiny import TINY

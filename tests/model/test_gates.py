@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from intttrain import ttt
-from intttrain.core.config import RopeConfig
+from intttrain.config import RopeConfig
 from intttrain.model import Reading, bind, read_documents, token_nll
 from tests.model.test_decode import BASE, CHUNK, QUICK, random_params
 

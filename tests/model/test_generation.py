@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from intttrain.core.errors import UserError
+from intttrain.config.errors import UserError
 from intttrain.model import Generator, Request, Sampling, sample_tokens
 from tests.model.test_decode import BASE, CHUNK, forward, random_params
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import pytest
 
-from intttrain.core.config import ModelConfig, RopeConfig, TTTConfig
+from intttrain.config import ModelConfig, RopeConfig, TTTConfig
 from intttrain.model import abstract_params, logical_axes
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from intttrain.core.config import Llama3Scaling, RopeConfig, YarnScaling
+from intttrain.config import Llama3Scaling, RopeConfig, YarnScaling
 from intttrain.model.rope import rope_frequencies, rope_tables, rotate
 from tests.ttt.cases import assert_close, assert_same
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from intttrain.core.errors import UserError
+from intttrain.config.errors import UserError
 from intttrain.model import splash_blocks
 from intttrain.model.attention import causal_mask, dense_attention
 from intttrain.model.context_attention import attend

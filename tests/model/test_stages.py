@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from intttrain.model import abstract_params
-from intttrain.model.stages import plan_stages, scan_layers
+from intttrain.model.layer_stacks import plan_stages, scan_layers
 from tests.model.tiny import TINY, run, with_ttt
 from tests.ttt.cases import assert_close, assert_same
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.ad_checkpoint import checkpoint_name
 
-from intttrain.model.stages import plan_stages
+from intttrain.model.layer_stacks import plan_stages
 from intttrain.model.train_layers import train_layers
 from tests.ttt.cases import assert_close
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from intttrain.core.config import ModelConfig, RopeConfig, TTTConfig
+from intttrain.config import ModelConfig, RopeConfig, TTTConfig
 from intttrain.model import DecoderOutput, Params, abstract_params, bind, init_params, token_nll
 
 T, C, V = 32, 8, 32

@@ -8,8 +8,8 @@ import importlib.util
 import jax
 import pytest
 
-from intttrain.core.config import MeshConfig
-from intttrain.core.mesh import make_mesh
+from intttrain.config import MeshConfig
+from intttrain.layout.mesh import make_mesh
 from intttrain.planner.topology import describe_topology, topology_devices
 
 

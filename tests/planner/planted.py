@@ -17,7 +17,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from intttrain.planner import hlo
+from intttrain.planner.xla import hlo
 
 TARGETS = ("cpu", "v5e:2x2", "v5p:2x2x1")
 F32 = jnp.float32

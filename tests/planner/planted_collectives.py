@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from intttrain.planner.collectives import Collective, read_collectives
-from intttrain.planner.hlo import parse_module
-from intttrain.planner.loops import execution_counts
+from intttrain.planner.xla.hlo import parse_module
+from intttrain.planner.xla.loops import execution_counts
 
 TRIPS = 5
 ROWS, COLUMNS = 512, 1024  # on one device, fp32
@@ -88,8 +88,8 @@ def found(name: str, mesh: Mesh) -> tuple[Collective, ...]:
 
 def main() -> None:
     """Prints the findings on eight CPU devices as JSON."""
-    from intttrain.core.config import MeshConfig
-    from intttrain.core.mesh import make_mesh
+    from intttrain.config import MeshConfig
+    from intttrain.layout.mesh import make_mesh
 
     mesh = make_mesh(MeshConfig(context=2))
     rows: dict[str, Any] = {name: [c.to_json() for c in found(name, mesh)] for name in PLANTED}

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from intttrain.planner.hlo import parse_module
-from intttrain.planner.loops import execution_counts
 from intttrain.planner.replication import Replicated, replicated_activations
+from intttrain.planner.xla.hlo import parse_module
+from intttrain.planner.xla.loops import execution_counts
 
 ROWS, TOKENS, WIDTH, LAYERS, VOCAB = 16, 256, 128, 3, 384
 MIN_BYTES = 2**18  # a device's own part of an activation has 2^18 bytes on eight devices in fp32
@@ -77,8 +77,8 @@ def found(fault: str, mesh: Mesh) -> tuple[Replicated, ...]:
 
 def main() -> None:
     """Prints the findings on eight CPU devices as JSON."""
-    from intttrain.core.config import MeshConfig
-    from intttrain.core.mesh import make_mesh
+    from intttrain.config import MeshConfig
+    from intttrain.layout.mesh import make_mesh
 
     mesh = make_mesh(MeshConfig(context=int(sys.argv[1])))
     print(json.dumps({fault: [r.to_json() for r in found(fault, mesh)] for fault in FAULTS}))

@@ -13,8 +13,8 @@ from jax.experimental import topologies
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jax.sharding import NamedSharding, PartitionSpec
 
-from intttrain.core.hardware import CHIPS
-from intttrain.core.row_order import stored_units
+from intttrain.layout.hardware import CHIPS
+from intttrain.layout.row_order import stored_units
 from intttrain.planner.attention_cost import (
     EFFICIENCY,
     AttentionCall,
@@ -24,9 +24,9 @@ from intttrain.planner.attention_cost import (
     causal_blocks,
     read_call,
 )
-from intttrain.planner.hlo import Instruction, parse_module
-from intttrain.planner.kernels import KernelCost, is_kernel, kernel_name
-from intttrain.planner.profile_kernels import read_blocks
+from intttrain.planner.xla.hlo import Instruction, parse_module
+from intttrain.planner.xla.kernels import KernelCost, is_kernel, kernel_name
+from tests.benchmarks.profile_attention import read_blocks
 from tests.planner.planted import topology
 
 TOKENS, HEADS, KEY_HEADS, DEPTH = 1024, 4, 2, 128

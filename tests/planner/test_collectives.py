@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from intttrain.core.hardware import CHIPS
+from intttrain.layout.hardware import CHIPS
 from intttrain.planner.collectives import moved_bytes, sum_traffic
-from intttrain.planner.groups import MeshGroups, read_groups
+from intttrain.planner.xla.groups import MeshGroups, read_groups
 from tests.forced_devices import on_eight_cpu_devices
 from tests.planner.meshes import tpu_mesh
 from tests.planner.planted_collectives import COLUMNS, OWN, PLANTED, TRIPS, compiled, found, read

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 
-from intttrain.core.compiler import compiler_options
-from intttrain.core.config import MeshConfig, default_config, resolve
-from intttrain.core.mesh import make_mesh
-from intttrain.core.sharding import partition_spec, using_mesh
+from intttrain.config import MeshConfig, default_config, resolve
+from intttrain.layout.compiler import compiler_options
+from intttrain.layout.mesh import make_mesh
+from intttrain.layout.sharding import partition_spec, using_mesh
 from intttrain.model.context_attention import attend
 from intttrain.planner.attention_cost import AttentionCall, read_call
-from intttrain.planner.hlo import parse_module
-from intttrain.planner.kernels import is_kernel
+from intttrain.planner.xla.hlo import parse_module
+from intttrain.planner.xla.kernels import is_kernel
 from tests.planner.planted import topology
 
 T, HEADS, KV_HEADS, WINDOW = 4096, 4, 2, 300

@@ -13,10 +13,10 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.sharding import NamedSharding, PartitionSpec
 
 from intttrain.planner.cost import CATEGORIES, Transfer, Work, step_cost
-from intttrain.planner.flops import Window, matmul_flops, scope_of, valid_taps
-from intttrain.planner.hlo import Module, parse_module
-from intttrain.planner.kernels import KernelCost, is_kernel, kernel_name, stated_cost, stated_kernel_cost
-from intttrain.planner.loops import execution_counts
+from intttrain.planner.xla.flops import Window, matmul_flops, scope_of, valid_taps
+from intttrain.planner.xla.hlo import Module, parse_module
+from intttrain.planner.xla.kernels import KernelCost, is_kernel, kernel_name, stated_cost, stated_kernel_cost
+from intttrain.planner.xla.loops import execution_counts
 from tests.planner.planted import PROGRAMS, TARGETS, compiled, topology
 
 # --- FLOPs ---------------------------------------------------------------------------------------------------------

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from intttrain.core.config import default_config, resolve
-from intttrain.core.hardware import CHIPS, GIB
-from intttrain.planner.hlo import parse_module
-from intttrain.planner.liveness import estimate_peak
+from intttrain.config import default_config, resolve
+from intttrain.layout.hardware import CHIPS, GIB
 from intttrain.planner.memory import read_memory, read_refusal, shard_bytes, smaller_steps, verdict
+from intttrain.planner.xla.hlo import parse_module
+from intttrain.planner.xla.liveness import estimate_peak
 from tests.planner.meshes import tpu_mesh
 
 LAYERS, ROWS, WIDTH = 8, 2048, 1024

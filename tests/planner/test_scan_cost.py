@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from intttrain.core.hardware import CHIPS
+from intttrain.layout.hardware import CHIPS
 from intttrain.planner import scan_cost
-from intttrain.planner.hlo import Instruction, parse_module
-from intttrain.planner.kernels import KernelCost, is_kernel, kernel_name, stated_cost
 from intttrain.planner.scan_cost import EFFICIENCY, FLOPS, scan_model
+from intttrain.planner.xla.hlo import Instruction, parse_module
+from intttrain.planner.xla.kernels import KernelCost, is_kernel, kernel_name, stated_cost
 from intttrain.ttt import kernel
 from tests.planner.planted import topology
 

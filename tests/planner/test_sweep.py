@@ -6,17 +6,17 @@ import dataclasses
 
 import pytest
 
-from intttrain.core.config import default_config, override, resolve
-from intttrain.core.errors import UserError
-from intttrain.core.hardware import CHIPS, GIB
+from intttrain.config import default_config, override, resolve
+from intttrain.config.errors import UserError
+from intttrain.layout.hardware import CHIPS, GIB
 from intttrain.planner import plan as planning
 from intttrain.planner import sweep as sweeping
 from intttrain.planner.cost import Unpriced, step_cost
-from intttrain.planner.hlo import parse_module
 from intttrain.planner.memory import Verdict
 from intttrain.planner.plan import Plan, Prediction
 from intttrain.planner.report import describe_plan, describe_plans, describe_ttt_share, pareto
 from intttrain.planner.topology import describe_topology
+from intttrain.planner.xla.hlo import parse_module
 
 
 def plan(needed: float, seconds: float | None, *unknown: str) -> Plan:

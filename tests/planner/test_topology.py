@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from jax.experimental import topologies
 
-from intttrain.core.config import MeshConfig
-from intttrain.core.errors import UserError
-from intttrain.core.hardware import chip
-from intttrain.core.mesh import make_mesh
+from intttrain.config import MeshConfig
+from intttrain.config.errors import UserError
+from intttrain.layout.hardware import chip
+from intttrain.layout.mesh import make_mesh
 from intttrain.planner.topology import describe_topology, roomier, topology_devices
 from tests.planner.meshes import devices
 

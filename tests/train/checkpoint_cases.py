@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from intttrain.core.config_train import CheckpointConfig
+from intttrain.config.training import CheckpointConfig
 from intttrain.train.checkpoint import CheckpointInfo, Checkpoints
 
 KEEP_ALL = CheckpointConfig(every_steps=1, keep_last=100)

@@ -20,9 +20,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from intttrain.core.config_train import CheckpointConfig
-from intttrain.core.distributed import process_index, start_distributed
-from intttrain.core.errors import UserError
+from intttrain.config.errors import UserError
+from intttrain.config.training import CheckpointConfig
+from intttrain.pod.distributed import process_index, start_distributed
 from intttrain.train import CheckpointInfo, Checkpoints
 
 CONFIG = CheckpointConfig(every_steps=1, keep_last=100)

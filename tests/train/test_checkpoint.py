@@ -12,8 +12,8 @@ import numpy as np
 import optax
 import pytest
 
-from intttrain.core.config_train import CheckpointConfig
-from intttrain.core.errors import UserError
+from intttrain.config.errors import UserError
+from intttrain.config.training import CheckpointConfig
 from intttrain.train.checkpoint import Checkpoints
 from tests.train.checkpoint_cases import (
     KEEP_ALL,
@@ -74,7 +74,7 @@ def test_restore_reshards_to_the_abstract_sharding(tmp_path):
         import sys
         import jax, jax.numpy as jnp, numpy as np
         from jax.sharding import NamedSharding, PartitionSpec as P
-        from intttrain.core.config_train import CheckpointConfig
+        from intttrain.config.training import CheckpointConfig
         from intttrain.train.checkpoint import CheckpointInfo, Checkpoints
 
         def named(shape, names, *spec):
@@ -109,8 +109,8 @@ def test_a_training_state_goes_from_one_mesh_to_another_and_back(tmp_path):
         """
         import sys
         import jax, numpy as np
-        from intttrain.core.config import default_config, resolve
-        from intttrain.core.config_train import CheckpointConfig
+        from intttrain.config import default_config, resolve
+        from intttrain.config.training import CheckpointConfig
         from intttrain.train import CheckpointInfo, Checkpoints, make_program
 
         def abstract_state(**mesh):

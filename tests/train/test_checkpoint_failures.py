@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from intttrain.core.errors import UserError
+from intttrain.config.errors import UserError
 from intttrain.train.checkpoint import Checkpoints
 from intttrain.train.checkpoint_errors import DamagedError, is_damage
 from tests.app.small import contents, unchanged
@@ -274,8 +274,8 @@ def test_a_failing_close_does_not_hide_the_error_before_it(tmp_path, monkeypatch
 FULL_DISK = """
     import resource, signal, sys
     import jax, jax.numpy as jnp, numpy as np
-    from intttrain.core.config_train import CheckpointConfig
-    from intttrain.core.errors import UserError
+    from intttrain.config.training import CheckpointConfig
+    from intttrain.config.errors import UserError
     from intttrain.train.checkpoint import CheckpointInfo, Checkpoints
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -330,8 +330,8 @@ READ_ONLY = """
     assert ctypes.CDLL(None).capset(header, nothing) == 0
 
     import jax.numpy as jnp
-    from intttrain.core.config_train import CheckpointConfig
-    from intttrain.core.errors import UserError
+    from intttrain.config.training import CheckpointConfig
+    from intttrain.config.errors import UserError
     from intttrain.train.checkpoint import CheckpointInfo, Checkpoints
 
     directory = pathlib.Path(sys.argv[1])
@@ -416,8 +416,8 @@ def test_a_failed_save_is_noticed_at_the_next_step(tmp_path, monkeypatch):
 GONE = """
     import pathlib, shutil, sys
     import jax.numpy as jnp
-    from intttrain.core.config_train import CheckpointConfig
-    from intttrain.core.errors import UserError
+    from intttrain.config.training import CheckpointConfig
+    from intttrain.config.errors import UserError
     from intttrain.train.checkpoint import CheckpointInfo, Checkpoints
 
     directory = pathlib.Path(sys.argv[1])
@@ -448,7 +448,7 @@ def test_a_process_whose_folder_cannot_be_made_says_so_and_ends(tmp_path):
 KILLED = """
     import os, signal, sys
     import jax.numpy as jnp
-    from intttrain.core.config_train import CheckpointConfig
+    from intttrain.config.training import CheckpointConfig
     from intttrain.train.checkpoint import CheckpointInfo, Checkpoints
 
     def save(checkpoints, step):

@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import pytest
 
-from intttrain.core.config import as_dict, default_config, resolve
-from intttrain.core.dotted import flatten
-from intttrain.core.errors import UserError
+from intttrain.config import as_dict, default_config, resolve
+from intttrain.config.dotted import flatten
+from intttrain.config.errors import UserError
 from intttrain.train.checkpoint_info import CheckpointInfo, package_versions
 from intttrain.train.compatibility import check_compatible
 from tests.train.checkpoint_cases import (

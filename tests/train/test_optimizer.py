@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from intttrain.core.config_train import AdamWConfig, CheckpointConfig, ScheduleConfig, TrainConfig
+from intttrain.config.training import AdamWConfig, CheckpointConfig, ScheduleConfig, TrainConfig
 from intttrain.train import optimizer as optimizer_module
 from intttrain.train.optimizer import clip_by_norm, decay_mask, make_optimizer, make_schedule
 

@@ -12,8 +12,8 @@ import numpy as np
 import optax
 import pytest
 
-from intttrain.core.config import Config, default_config, resolve
-from intttrain.core.config_train import ScheduleConfig
+from intttrain.config import Config, default_config, resolve
+from intttrain.config.training import ScheduleConfig
 from intttrain.data import Batch
 from intttrain.model import bind
 from intttrain.train import step as step_module

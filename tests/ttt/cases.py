@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from intttrain import ttt
-from intttrain.core.row_order import stored_units
+from intttrain.layout.row_order import stored_units
 from intttrain.ttt.layout import NO_DOCUMENT
 from tests.ttt import loop
 

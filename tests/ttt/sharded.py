@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from intttrain.core.config import MeshConfig
-from intttrain.core.mesh import make_mesh
-from intttrain.core.sharding import using_mesh
+from intttrain.config import MeshConfig
+from intttrain.layout.mesh import make_mesh
+from intttrain.layout.sharding import using_mesh
 from intttrain.ttt import shards
 from tests.ttt.cases import BY_NAME, CASES, Case, T, cotangents, gradients, leaves_of, loss_function, shape_of
 

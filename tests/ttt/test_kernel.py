@@ -13,7 +13,7 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interprete
 from jax.experimental.pallas import tpu as pltpu
 
 from intttrain import ttt
-from intttrain.core.errors import UserError
+from intttrain.config.errors import UserError
 from intttrain.ttt import api, chunked, kernel, kernel_blocks, kernel_scans
 from intttrain.ttt.kernel import Machine, RecurrenceBlocks, SuffixBlocks
 from intttrain.ttt.kernel_blocks import Kernels, fitting, recurrence_ledger, suffix_ledger

@@ -9,17 +9,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from intttrain.core.agreement import decided_by_first, on_first_process
-from intttrain.core.config import EvalConfig
-from intttrain.core.config_eval import CodeConfig
-from intttrain.core.errors import UserError
-from intttrain.core.progress import LineStream, Progress
+from intttrain.config import EvalConfig
+from intttrain.config.errors import UserError
+from intttrain.config.evaluation import CodeConfig
 from intttrain.evals.answers import AnswerFile, Settings, open_answers
 from intttrain.evals.code.problems import STOP, Problem, load_problems
 from intttrain.evals.code.report import CodeReport, make_code_report
 from intttrain.evals.code.sandbox import Limits, Verdict, check_sandbox, run_programs
 from intttrain.evals.completion import Complete
+from intttrain.logs.progress import LineStream, Progress
 from intttrain.model.sampling import Sampling
+from intttrain.pod.agreement import decided_by_first, on_first_process
 
 Report = Callable[[str], None]
 

@@ -8,7 +8,7 @@ import importlib.util
 import json
 from pathlib import Path
 
-from intttrain.core.errors import UserError
+from intttrain.config.errors import UserError
 
 STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # of the paper, section 3.2
 

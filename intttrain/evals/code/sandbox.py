@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from intttrain.core.errors import UserError
+from intttrain.config.errors import UserError
 from intttrain.evals.code import confine
 
 Outcome = Literal["passed", "failed", "timed_out", "killed"]

@@ -1,1 +1,0 @@
-"""Configuration, errors, metrics and progress: what every other package may import."""

@@ -1,0 +1,1 @@
+"""Which chunks are worth writing: gate rules beside controls and oracles."""

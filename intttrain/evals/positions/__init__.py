@@ -1,0 +1,1 @@
+"""Held-out loss by position in the document: conditions, baselines, intervals, report and picture."""

@@ -1,0 +1,1 @@
+"""Reads optimised XLA modules, and knows nothing of this product: instructions, loops, FLOPs, memory, kernels."""
