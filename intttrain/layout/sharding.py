@@ -147,7 +147,7 @@ def named_shardings(mesh: Mesh, axes: PyTree, abstract: PyTree) -> PyTree:
     """Returns the sharding of every parameter.
 
     Args:
-      mesh: with the axes of ``core.mesh.AXES``.
+      mesh: with the axes of ``layout.mesh.AXES``.
       axes: tree of tuples of logical names.
       abstract: tree of shapes with the same structure.
 

@@ -21,7 +21,7 @@ from intttrain.config import ModelConfig
 from intttrain.layout.sharding import constrain
 from intttrain.model.cached_attention import KeyCache, attend_cached, cache_slots, remember_keys
 from intttrain.model.decoder import Decoder, delta_transform
-from intttrain.model.layer_stacks import plan_stages, scan_layers
+from intttrain.model.layer_groups import plan_groups, scan_layers
 from intttrain.model.loss import is_likeliest, prediction_entropy, token_nll
 from intttrain.model.rope import rope_tables
 
@@ -264,7 +264,7 @@ def _read_layers(
 
     ttt_layers = config.ttt.layers if config.ttt else ()
     (x_BPD, keys, fast), _, _ = scan_layers(
-        plan_stages(config.num_layers, ttt_layers), block, (x0_BPD, state.keys, state.ttt),
+        plan_groups(config.num_layers, ttt_layers), block, (x0_BPD, state.keys, state.ttt),
         (layer_params, jnp.arange(config.num_layers)), jnp.arange(len(ttt_layers)) if ttt_layers else None,
     )  # fmt: skip
     return decoder.final_norm(x_BPD), keys, fast

@@ -21,7 +21,7 @@ from intttrain.layout.row_order import is_balanced
 from intttrain.layout.sharding import axis_size, constrain
 from intttrain.model.attention import Attention
 from intttrain.model.context_attention import attend
-from intttrain.model.layer_stacks import plan_stages
+from intttrain.model.layer_groups import plan_groups
 from intttrain.model.layers import MLP, Embedding, RMSNorm, TTTParams
 from intttrain.model.rope import rope_tables
 from intttrain.model.train_layers import apply_layers, train_layers
@@ -115,9 +115,9 @@ class Decoder(nnx.Module):
             ttt_layer = None if ttt_params is None else merge_ttt(ttt_params)
             return _apply_layer(config, merge_layer(layer_params), ttt_layer, x_BTD, shared)
 
-        stages = plan_stages(config.num_layers, config.ttt.layers if config.ttt else ())
+        groups = plan_groups(config.num_layers, config.ttt.layers if config.ttt else ())
         run = apply_layers if config.remat == "offload" else train_layers
-        x_BTD, stats = run(stages, _remat(block, config.remat), x_BTD, shared, layer_params, ttt_params)
+        x_BTD, stats = run(groups, _remat(block, config.remat), x_BTD, shared, layer_params, ttt_params)
         return DecoderOutput(self.final_norm(x_BTD), stats)
 
     def split_layers(self) -> tuple[Callable[[Any], DecoderLayer], Any, Callable[[Any], TTTParams], Any]:

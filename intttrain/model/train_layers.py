@@ -1,4 +1,4 @@
-"""The layers of a model for training: ``stages.scan_layers`` with a gradient that stores each activation once.
+"""The layers of a model for training: ``layer_groups.scan_layers`` with a gradient that stores each activation once.
 
 JAX's gradient of a scan in a scan stacks what the inner one keeps for the backward pass, then copies that stack into
 the one of the outer scan, and back again: with a few TTT layers among many dense ones, most of what is kept. Here one
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from intttrain.layout.scan import scan
-from intttrain.model.layer_stacks import Run, Stage, join, run_inputs, scan_layers, stage_inputs, unfold
+from intttrain.model.layer_groups import Group, Run, group_inputs, join, run_inputs, scan_layers, unfold
 
 Tree = Any
 # block(carry, shared, layer inputs, TTT inputs or None) -> carry, TTT outputs (without gradient) or None
@@ -24,12 +24,12 @@ Block = Callable[[Tree, Tree, Tree, Tree | None], tuple[Tree, Tree | None]]
 
 
 def apply_layers(
-    stages: tuple[Stage, ...], block: Block, carry: Tree, shared: Tree, layer_inputs: Tree, ttt_inputs: Tree
+    groups: tuple[Group, ...], block: Block, carry: Tree, shared: Tree, layer_inputs: Tree, ttt_inputs: Tree
 ) -> tuple[Tree, Tree]:
     """Applies ``block`` to every layer in order.
 
     Args:
-      stages: from ``plan_stages``.
+      groups: from ``plan_groups``.
       block: one layer, under ``jax.checkpoint`` if it shall keep less than everything. It must not refer to traced
         values other than its arguments.
       carry: what passes from layer to layer.
@@ -47,16 +47,16 @@ def apply_layers(
         carry, output = block(carry, shared, layer, ttt)
         return carry, None, output
 
-    carry, _, outputs = scan_layers(stages, step, carry, layer_inputs, ttt_inputs)
+    carry, _, outputs = scan_layers(groups, step, carry, layer_inputs, ttt_inputs)
     return carry, outputs
 
 
 def train_layers(
-    stages: tuple[Stage, ...], block: Block, carry: Tree, shared: Tree, layer_inputs: Tree, ttt_inputs: Tree
+    groups: tuple[Group, ...], block: Block, carry: Tree, shared: Tree, layer_inputs: Tree, ttt_inputs: Tree
 ) -> tuple[Tree, Tree]:
     """``apply_layers`` with a gradient of its own; arguments and results as there."""
     # Traced as one function: what ``jax.vjp`` keeps must not depend on which arguments happen to be known numbers.
-    apply = jax.jit(functools.partial(_train_layers, stages, block), inline=True)
+    apply = jax.jit(functools.partial(_train_layers, groups, block), inline=True)
     return apply(carry, shared, layer_inputs, ttt_inputs)
 
 
@@ -103,23 +103,23 @@ def _room(block: Block, run: Run, repeats: int, carry: Tree, shared: Tree, layer
 
 
 def _forward(
-    stages: tuple[Stage, ...], block: Block, carry: Tree, shared: Tree, layer_inputs: Tree, ttt_inputs: Tree
+    groups: tuple[Group, ...], block: Block, carry: Tree, shared: Tree, layer_inputs: Tree, ttt_inputs: Tree
 ) -> tuple[tuple[Tree, Tree], tuple[Any, ...]]:
     all_kept, outputs = [], []
-    for stage, layers, ttts in stage_inputs(stages, layer_inputs, ttt_inputs):
+    for group, layers, ttts in group_inputs(groups, layer_inputs, ttt_inputs):
         one = jax.tree.map(lambda x: x[0], (layers, ttts))
-        runs = run_inputs(stage.runs, *one)
+        runs = run_inputs(group.runs, *one)
         kept = [
-            _room(block, run, stage.repeats, carry, shared, *inputs)
-            for run, inputs in zip(stage.runs, runs, strict=True)
+            _room(block, run, group.repeats, carry, shared, *inputs)
+            for run, inputs in zip(group.runs, runs, strict=True)
         ]
 
-        def group(state: Tree, inputs: Tree, stage: Stage = stage) -> tuple[Tree, Tree]:
+        def repetition(state: Tree, inputs: Tree, group: Group = group) -> tuple[Tree, Tree]:
             carry, kept = state
-            group_layers, group_ttts, number = inputs
+            rep_layers, rep_ttts, number = inputs
             kept, found = list(kept), []
             for i, (run, (layers, ttts)) in enumerate(
-                zip(stage.runs, run_inputs(stage.runs, group_layers, group_ttts), strict=True)
+                zip(group.runs, run_inputs(group.runs, rep_layers, rep_ttts), strict=True)
             ):
 
                 def layer_step(state: Tree, inputs: Tree) -> tuple[Tree, Tree]:
@@ -134,27 +134,29 @@ def _forward(
                     found.append(output)
             return (carry, kept), join(found)
 
-        (carry, kept), output = scan(group, (carry, kept), (layers, ttts, jnp.arange(stage.repeats)), stage.repeats)
+        (carry, kept), output = scan(
+            repetition, (carry, kept), (layers, ttts, jnp.arange(group.repeats)), group.repeats
+        )
         all_kept.append(kept)
-        if stage.ttt_layers:
+        if group.ttt_layers:
             outputs.append(unfold(output))
     return (carry, join(outputs)), (all_kept, shared, layer_inputs, ttt_inputs)
 
 
 def _backward(
-    stages: tuple[Stage, ...], block: Block, residuals: tuple[Any, ...], cotangents: tuple[Tree, Tree]
+    groups: tuple[Group, ...], block: Block, residuals: tuple[Any, ...], cotangents: tuple[Tree, Tree]
 ) -> tuple[Tree, ...]:
     all_kept, shared, layer_inputs, ttt_inputs = residuals
     dcarry, _ = cotangents
     dshared = jax.tree.map(lambda x: jnp.zeros_like(x) if _differentiable(x) else None, shared)
     parts = []
-    per_stage = list(zip(stage_inputs(stages, layer_inputs, ttt_inputs), all_kept, strict=True))
-    for (stage, layers, ttts), kept in reversed(per_stage):
+    per_group = list(zip(group_inputs(groups, layer_inputs, ttt_inputs), all_kept, strict=True))
+    for (group, layers, ttts), kept in reversed(per_group):
 
-        def group(state: Tree, inputs: Tree, stage: Stage = stage, kept: Any = kept) -> tuple[Tree, Tree]:
-            group_layers, group_ttts, number = inputs
+        def repetition(state: Tree, inputs: Tree, group: Group = group, kept: Any = kept) -> tuple[Tree, Tree]:
+            rep_layers, rep_ttts, number = inputs
             found = []
-            runs = list(zip(stage.runs, run_inputs(stage.runs, group_layers, group_ttts), kept, strict=True))
+            runs = list(zip(group.runs, run_inputs(group.runs, rep_layers, rep_ttts), kept, strict=True))
             for run, (layers, ttts), room in reversed(runs):
 
                 def layer_step(state: Tree, inputs: Tree, room: _Kept = room) -> tuple[Tree, Tree]:
@@ -172,7 +174,7 @@ def _backward(
             return state, (join(list(dlayers)), join([d for d in dttts if jax.tree.leaves(d)]))
 
         (dcarry, dshared), gradients = scan(
-            group, (dcarry, dshared), (layers, ttts, jnp.arange(stage.repeats)), stage.repeats, reverse=True
+            repetition, (dcarry, dshared), (layers, ttts, jnp.arange(group.repeats)), group.repeats, reverse=True
         )
         parts.append(unfold(gradients))
     dlayers, dttts = zip(*reversed(parts), strict=True)

@@ -34,7 +34,7 @@ class CheckpointInfo:
     Attributes:
       step: completed optimizer steps.
       data_cursor: the next row of the data stream, in rows of the shortest stage.
-      config: the flat configuration (``core.config.flatten``) of the run.
+      config: the flat configuration (``config.dotted.flatten``) of the run.
       fingerprint: of the prepared token store.
       tokenizer: enough to tell, and to open again, the tokenizer of that store.
       skipped: (step, data cursor) of every batch that was not learned from: it came after so many steps.

@@ -5,11 +5,11 @@ nothing is transposed and there is one state at a time.
 
 Where the mesh axis ``context`` cuts rows, every shard holds a stretch of whole, consecutive chunks, or two where rows
 are stored balanced (``layout/row_order.py``). The recurrence is a segmented sum, so a stretch needs of the chunks
-before it one state only. Every shard sums up what its own stretches write, an exclusive scan over stretches in the order of
-the row turns the sums into incoming states, and each shard then runs its chunks. The gradient is the mirror image: what
-the reads of a stretch want of its incoming state, scanned from the last stretch to the first, gives each one the
-gradient of its last state. No shard ever holds the states of the others: they exchange slices, 1 / n of every state to
-each, and back.
+before it one state only. Every shard sums up what its own stretches write, an exclusive scan over stretches in the
+order of the row turns the sums into incoming states, and each shard then runs its chunks. The gradient is the mirror
+image: what the reads of a stretch want of its incoming state, scanned from the last stretch to the first, gives each
+one the gradient of its last state. No shard ever holds the states of the others: they exchange slices, 1 / n of every
+state to each, and back.
 
 Letters: B row, C tokens per chunk, M chunks, D model width, F feed-forward width, n shards, P stretches per shard,
 d = D / n, R stretches or rows that run one after the other.

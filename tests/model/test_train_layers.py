@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.ad_checkpoint import checkpoint_name
 
-from intttrain.model.layer_stacks import plan_stages
+from intttrain.model.layer_groups import plan_groups
 from intttrain.model.train_layers import train_layers
 from tests.ttt.cases import assert_close
 
@@ -54,8 +54,8 @@ def test_value_and_gradient_equal_a_loop(layers, ttt, keep):
     carry, shared, layer_inputs, ttt_inputs = inputs(layers, len(ttt))
 
     def trained(carry, factor, offset, *rest):
-        stages = plan_stages(layers, ttt)
-        end, out = train_layers(stages, KEEP[keep](block), carry, (factor, shared[1], offset), *rest)
+        groups = plan_groups(layers, ttt)
+        end, out = train_layers(groups, KEEP[keep](block), carry, (factor, shared[1], offset), *rest)
         return jnp.sum(jnp.sin(end["x"])), (end["x"], None if out is None else out["written"])
 
     def looped(carry, factor, offset, *rest):

@@ -31,7 +31,7 @@ class Run:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
+class Group:
     """A group of runs that occurs ``repeats`` times in a row."""
 
     runs: tuple[Run, ...]
@@ -48,17 +48,17 @@ class Stage:
         return sum(run.length for run in self.runs if run.has_ttt)
 
 
-def plan_stages(num_layers: int, ttt_layers: tuple[int, ...]) -> tuple[Stage, ...]:
-    """Returns the stages that cover layers 0 to ``num_layers - 1`` in order."""
+def plan_groups(num_layers: int, ttt_layers: tuple[int, ...]) -> tuple[Group, ...]:
+    """Returns the groups that cover layers 0 to ``num_layers - 1`` in order."""
     kinds = [layer in set(ttt_layers) for layer in range(num_layers)]
     runs = [Run(kind, len(list(group))) for kind, group in itertools.groupby(kinds)]
-    stages: list[Stage] = []
+    groups: list[Group] = []
     start = 0
     while start < len(runs):
         period, repeats = _longest_repetition(runs[start:])
-        stages.append(Stage(tuple(runs[start : start + period]), repeats))
+        groups.append(Group(tuple(runs[start : start + period]), repeats))
         start += period * repeats
-    return tuple(stages)
+    return tuple(groups)
 
 
 def _longest_repetition(runs: list[Run]) -> tuple[int, int]:
@@ -74,12 +74,12 @@ def _longest_repetition(runs: list[Run]) -> tuple[int, int]:
 
 
 def scan_layers(
-    stages: tuple[Stage, ...], block: Block, carry: Tree, layer_inputs: Tree, ttt_inputs: Tree
+    groups: tuple[Group, ...], block: Block, carry: Tree, layer_inputs: Tree, ttt_inputs: Tree
 ) -> tuple[Tree, Tree, Tree]:
     """Applies ``block`` to every layer in order.
 
     Args:
-      stages: from ``plan_stages``.
+      groups: from ``plan_groups``.
       block: one layer. Its TTT inputs are ``None`` in a dense layer, and it must return ``None`` TTT outputs there.
       carry: what passes from layer to layer.
       layer_inputs: pytree with one leading entry per layer.
@@ -89,24 +89,24 @@ def scan_layers(
       The last carry and the stacked layer and TTT outputs (``None`` where a block returned none).
     """
     layer_parts, ttt_parts = [], []
-    for stage, *inputs in stage_inputs(stages, layer_inputs, ttt_inputs):
-        body = _group_body(stage.runs, block)
-        carry, (layer_out, ttt_out) = scan(body, carry, tuple(inputs), stage.repeats)
+    for group, *inputs in group_inputs(groups, layer_inputs, ttt_inputs):
+        body = _group_body(group.runs, block)
+        carry, (layer_out, ttt_out) = scan(body, carry, tuple(inputs), group.repeats)
         layer_parts.append(unfold(layer_out))
-        if stage.ttt_layers:
+        if group.ttt_layers:
             ttt_parts.append(unfold(ttt_out))
     return carry, join(layer_parts), join(ttt_parts)
 
 
-def stage_inputs(stages: tuple[Stage, ...], layer_inputs: Tree, ttt_inputs: Tree) -> Iterator[tuple[Stage, Tree, Tree]]:
-    """Yields each stage with its inputs, leading axes: repeats, layers of one repetition."""
+def group_inputs(groups: tuple[Group, ...], layer_inputs: Tree, ttt_inputs: Tree) -> Iterator[tuple[Group, Tree, Tree]]:
+    """Yields each group with its inputs, leading axes: repeats, layers of one repetition."""
     layer_at = ttt_at = 0
-    for stage in stages:
-        layers, ttts = stage.repeats * stage.layers, stage.repeats * stage.ttt_layers
+    for group in groups:
+        layers, ttts = group.repeats * group.layers, group.repeats * group.ttt_layers
         yield (
-            stage,
-            _fold(_cut(layer_inputs, layer_at, layers), stage.repeats),
-            _fold(_cut(ttt_inputs, ttt_at, ttts), stage.repeats),
+            group,
+            _fold(_cut(layer_inputs, layer_at, layers), group.repeats),
+            _fold(_cut(ttt_inputs, ttt_at, ttts), group.repeats),
         )
         layer_at, ttt_at = layer_at + layers, ttt_at + ttts
 

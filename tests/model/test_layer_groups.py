@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from intttrain.model import abstract_params
-from intttrain.model.layer_stacks import plan_stages, scan_layers
+from intttrain.model.layer_groups import plan_groups, scan_layers
 from tests.model.tiny import TINY, run, with_ttt
 from tests.ttt.cases import assert_close, assert_same
 
@@ -30,10 +30,10 @@ SETS = [
 ]
 
 
-def unrolled(stages):
-    """The kind of every layer, as the stages say it."""
+def unrolled(groups):
+    """The kind of every layer, as the groups say it."""
     return [
-        run.has_ttt for stage in stages for _ in range(stage.repeats) for run in stage.runs for _ in range(run.length)
+        run.has_ttt for group in groups for _ in range(group.repeats) for run in group.runs for _ in range(run.length)
     ]
 
 
@@ -49,18 +49,18 @@ def random_sets(count):
 
 def test_plans_cover_every_layer_in_order():
     for layers, ttt in [*SETS, *random_sets(300)]:
-        stages = plan_stages(layers, ttt)
-        assert unrolled(stages) == [layer in ttt for layer in range(layers)], (layers, ttt)
-        assert sum(stage.repeats * stage.layers for stage in stages) == layers
-        assert sum(stage.repeats * stage.ttt_layers for stage in stages) == len(ttt)
-        for stage in stages:
-            assert all(one.has_ttt != two.has_ttt for one, two in zip(stage.runs, stage.runs[1:], strict=False))
+        groups = plan_groups(layers, ttt)
+        assert unrolled(groups) == [layer in ttt for layer in range(layers)], (layers, ttt)
+        assert sum(group.repeats * group.layers for group in groups) == layers
+        assert sum(group.repeats * group.ttt_layers for group in groups) == len(ttt)
+        for group in groups:
+            assert all(one.has_ttt != two.has_ttt for one, two in zip(group.runs, group.runs[1:], strict=False))
 
 
 @pytest.mark.parametrize("layers", [12, 24, 36, 48])
 def test_every_sixth_is_one_stage(layers):
-    assert len(plan_stages(layers, tuple(range(0, layers, 6)))) == 1
-    assert len(plan_stages(layers, ())) == 1
+    assert len(plan_groups(layers, tuple(range(0, layers, 6)))) == 1
+    assert len(plan_groups(layers, ())) == 1
 
 
 def block(carry, layer, ttt):
@@ -97,7 +97,7 @@ def test_scans_equal_a_loop_in_value_and_gradient(layers, ttt):
     carry = jnp.asarray([0.1, -0.2, 0.3])
 
     def scanned(layer_inputs, ttt_inputs):
-        end, layer_out, ttt_out = scan_layers(plan_stages(layers, ttt), block, carry, layer_inputs, ttt_inputs)
+        end, layer_out, ttt_out = scan_layers(plan_groups(layers, ttt), block, carry, layer_inputs, ttt_inputs)
         return jnp.sum(end) + jnp.sum(jnp.sin(layer_out["seen"])), (end, layer_out, ttt_out)
 
     def looped(layer_inputs, ttt_inputs):
@@ -120,9 +120,9 @@ def test_scans_equal_a_loop_in_value_and_gradient(layers, ttt):
 
 
 def test_layers_that_return_nothing_give_nothing():
-    stages = plan_stages(3, (1,))
+    groups = plan_groups(3, (1,))
     end, layer_out, ttt_out = scan_layers(
-        stages, lambda carry, layer, ttt: (carry + layer, None, None), jnp.zeros(()), jnp.arange(3.0), jnp.zeros((1,))
+        groups, lambda carry, layer, ttt: (carry + layer, None, None), jnp.zeros(()), jnp.arange(3.0), jnp.zeros((1,))
     )
     assert_same(end, 3.0)
     assert layer_out is None
@@ -139,4 +139,4 @@ def test_the_program_does_not_grow_with_depth():
     """Every sixth of 12, 24 and 48 layers lower to the same program but for the digits of its shapes."""
     sizes = [program_size(layers, tuple(range(0, layers, 6))) for layers in (12, 24, 48)]
     assert max(sizes) < 1.01 * min(sizes), sizes
-    assert program_size(12, (0, 3, 4, 11)) > 1.5 * sizes[0], "the measurement sees a program that has more stages"
+    assert program_size(12, (0, 3, 4, 11)) > 1.5 * sizes[0], "the measurement sees a program that has more groups"
