@@ -1,8 +1,9 @@
 """Matmuls with stored weights: where parameters are gathered, and where their gradients are summed over devices.
 
 A weight is stored fp32 and in pieces (``layout/sharding.py``). Here it is cast first and gathered then, so that half
-the bytes travel; the backward pass gathers it again instead of keeping it, and hands each device its piece of the gradient
-summed in a stated dtype. Written out because the gradient that JAX derives is summed in the dtype of the matmul.
+the bytes travel; the backward pass gathers it again instead of keeping it, and hands each device its piece of the
+gradient summed in a stated dtype. Written out because the gradient that JAX derives is summed in the dtype of the
+matmul.
 
 Letters: B row, T tokens, D model width, V vocabulary; lower case is a device's part.
 """
