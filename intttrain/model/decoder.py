@@ -135,9 +135,9 @@ class Decoder(nnx.Module):
         )
 
 
-def delta_transform(config: TTTConfig) -> ttt.DeltaTransform:
-    """Returns the bounds on updates that the configuration asks for."""
-    return ttt.DeltaTransform(config.delta_clip, config.delta_spectral, config.preserve_row_norm)
+def update_rule(config: TTTConfig) -> ttt.UpdateRule:
+    """Returns the update rule that the configuration asks for."""
+    return ttt.UpdateRule(config.delta_clip, config.delta_spectral, config.preserve_row_norm)
 
 
 def _apply_layer(
@@ -157,7 +157,7 @@ def _apply_layer(
         v_BTD = ttt_layer.values(x0_BTD if config.ttt.target == "input_embed" else h_BTD, segment_ids_BT)
         fast = ttt.fast_weight_projection(
             z_BTF, v_BTD, layer.mlp.down[...], segment_ids_BT, chunk_tokens=config.ttt.chunk_tokens, eta=eta,
-            gates_BM=gates_BM, gradient_dtype=config.weight_gradient_dtype, transform=delta_transform(config.ttt),
+            gates_BM=gates_BM, gradient_dtype=config.weight_gradient_dtype, update=update_rule(config.ttt),
             balanced=is_balanced(config, x_BTD.shape[1], axis_size("context"), axis_size("tensor")),
             implementation=config.ttt.implementation,
         )  # fmt: skip

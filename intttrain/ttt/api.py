@@ -18,8 +18,8 @@ from intttrain.layout.sharding import axis_size, constrain
 from intttrain.ttt.kernel_blocks import Kernels, choose_kernels, pays, supports
 from intttrain.ttt.layout import FastWeightState, init_state, make_layout
 from intttrain.ttt.reference import project_reference
+from intttrain.ttt.rules import UpdateRule
 from intttrain.ttt.shards import Options, scan_rows
-from intttrain.ttt.transforms import DeltaTransform
 
 Implementation = Literal["auto", "chunked", "pallas", "reference"]
 
@@ -56,7 +56,7 @@ def fast_weight_projection(
     gates_BM: Float[Array, "B M"] | None = None,
     state: FastWeightState | None = None,
     gradient_dtype: str = "float32",
-    transform: DeltaTransform = DeltaTransform(),
+    update: UpdateRule = UpdateRule(),
     balanced: bool = False,
     implementation: Implementation = "auto",
 ) -> FastWeightOutput:
@@ -73,7 +73,7 @@ def fast_weight_projection(
       state: what is carried in from the piece before (``init_state`` at the first). Without it rows begin with nothing
         and no state is returned, which takes less memory.
       gradient_dtype: in which the gradient of W0 is summed over devices.
-      transform: bounds on updates, static.
+      update: what a chunk writes and what becomes of what was written before, static.
       balanced: a context axis cuts the rows into two pieces a shard (``layout/row_order.py``), and all arrays with T or
         M have that order.
       implementation: ``reference`` (the definition, for tests), ``chunked`` (XLA), ``pallas`` (kernels for TPUs), or
@@ -103,7 +103,7 @@ def fast_weight_projection(
     if implementation == "reference":
         start = init_state(rows, w_down_DF.shape[0], d_ff) if state is None else state
         o_BTD, end = project_reference(
-            z_BTF, v_BTD, w_down_DF, segment_ids_BT, chunk_tokens, eta, gates_BM, start, transform
+            z_BTF, v_BTD, w_down_DF, segment_ids_BT, chunk_tokens, eta, gates_BM, start, update
         )
         unknown_BM = jnp.full((rows, chunks), jnp.nan, jnp.float32)
         return FastWeightOutput(o_BTD, None if state is None else end, unknown_BM, unknown_BM)
@@ -111,8 +111,8 @@ def fast_weight_projection(
     z_BMCF = z_BTF.reshape(rows, chunks, chunk_tokens, d_ff)
     v_BMCD = v_BTD.reshape(rows, chunks, chunk_tokens, -1)
     shape = (w_down_DF.shape[0], d_ff)
-    kernels = _kernels(implementation, transform, chunk_tokens, shape, z_BTF.dtype.itemsize)
-    options = Options(transform, gradient_dtype, kernels, 2 if balanced and shards > 1 else 1)
+    kernels = _kernels(implementation, update, chunk_tokens, shape, z_BTF.dtype.itemsize)
+    options = Options(update, gradient_dtype, kernels, 2 if balanced and shards > 1 else 1)
     with jax.named_scope("ttt_scan"):
         s_in_BDF = None if state is None else constrain(state.s_BDF, "batch", "width", "mlp")
         read, s_end_BDF = scan_rows(options, z_BMCF, v_BMCD, w_down_DF, layout, gates_BM, eta, s_in_BDF)
@@ -128,12 +128,12 @@ def fast_weight_projection(
 
 
 def _kernels(
-    implementation: Implementation, transform: DeltaTransform, chunk_tokens: int, shape: tuple[int, int], itemsize: int
+    implementation: Implementation, update: UpdateRule, chunk_tokens: int, shape: tuple[int, int], itemsize: int
 ) -> Kernels | None:
     """Returns the kernels that run the scans, ``None`` for XLA."""
     if implementation == "chunked":
         return None
-    found = supports(transform) or choose_kernels(chunk_tokens, *shape, itemsize)
+    found = supports(update) or choose_kernels(chunk_tokens, *shape, itemsize)
     if implementation == "pallas" and isinstance(found, str):
         raise UserError(f'model.ttt.implementation="pallas": {found}; or use "auto" or "chunked"')
     if isinstance(found, str) or (implementation == "auto" and not pays(chunk_tokens, *shape)):

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from intttrain.ttt.transforms import DeltaTransform, bound_delta, row_scale
+from intttrain.ttt.rules import UpdateRule
 
 Array = jax.Array
 
@@ -70,9 +70,7 @@ class Gradients(NamedTuple):
     ds_in_DF: Array
 
 
-def forward_scan(
-    transform: DeltaTransform, w_DF: Array, eta: Array, s_in_DF: Array, chunks: Chunks
-) -> tuple[Array, Forward]:
+def forward_scan(update: UpdateRule, w_DF: Array, eta: Array, s_in_DF: Array, chunks: Chunks) -> tuple[Array, Forward]:
     """Runs the recurrence over the chunks of a row; returns the last state and what was read.
 
     Matmul inputs have the dtype of z; ``w_DF`` (W0), the state and every sum are fp32.
@@ -82,7 +80,7 @@ def forward_scan(
 
     def step(s_DF: Array, inputs: tuple[Chunks, Array]) -> tuple[Array, Forward]:
         chunk, at = inputs
-        scale_D = row_scale(s_DF[None], w_DF)[0] if transform.preserve_row_norm else None
+        scale_D = update.row_scale(s_DF, w_DF)
 
         def finish(o_CD: Array) -> Array:
             return (o_CD if scale_D is None else o_CD * read_scale(scale_D, chunk.reads_MC)).astype(dtype)
@@ -92,7 +90,7 @@ def forward_scan(
 
         o_CD = finish(_matmul("cf,df->cd", chunk.z_MCF, _read_matrix(w_DF, s_DF, chunk)))
         o_CD = _if_mixed(chunk, replace, o_CD)
-        s_next_DF, delta_DF = commit(transform, s_DF, chunk, eta)
+        s_next_DF, delta_DF = commit(update, s_DF, chunk, eta)
         return s_next_DF, Forward(o_CD, scale_D, _norm(delta_DF), _norm(s_next_DF))
 
     return jax.lax.scan(step, s_in_DF, (chunks, _numbers(chunks)))
@@ -140,34 +138,26 @@ def _matmul(equation: str, a: Array, b: Array) -> Array:
     return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
-def _raw_delta(chunk: Chunks, eta: Array) -> Array:
-    """Returns ``eta * sum_t mu_t v_t z_t^T`` (fp32), not yet bounded or gated."""
-    return eta * _matmul("cd,cf->df", _weighted(chunk.v_MCD, chunk.writes_MC), chunk.z_MCF)
-
-
 def _weighted(x_MCE: Array, weights_MC: Array) -> Array:
     return x_MCE * weights_MC[..., None].astype(x_MCE.dtype)
 
 
-def commit(transform: DeltaTransform, s_DF: Array, chunk: Chunks, eta: Array) -> tuple[Array, Array]:
-    """Returns the state after a chunk, and the chunk's update of it."""
-    delta_DF = chunk.gate_M * _bound(transform, _raw_delta(chunk, eta))
-    return chunk.keep_M * s_DF + delta_DF, delta_DF
+def commit(update: UpdateRule, s_DF: Array, chunk: Chunks, eta: Array) -> tuple[Array, Array]:
+    """Returns the state after a chunk, and what the chunk added to it."""
+    delta_DF = chunk.gate_M * update.delta(chunk.v_MCD, chunk.z_MCF, chunk.writes_MC, eta)
+    return update.combine(update.carry(chunk.keep_M), s_DF, delta_DF), delta_DF
 
 
-def _bound(transform: DeltaTransform, delta_DF: Array) -> Array:
-    return bound_delta(delta_DF[None], transform)[0]
-
-
-def written_state(transform: DeltaTransform, eta: Array, chunks: Chunks) -> Array:
+def written_state(update: UpdateRule, eta: Array, chunks: Chunks) -> Array:
     """Returns the state (D F) after the last chunk of a row that began with an empty one.
 
-    Without bounds on updates that is one matmul over all tokens.
+    Where updates are plain sums and nothing is forgotten, that is one matmul over all tokens: its weights are 0 and 1
+    (and the gates), which the compute dtype holds exactly, as it does not hold powers of a retention.
     """
-    if transform.bounds_delta:
+    if not (update.is_plain_sum and update.keeps_everything):
 
         def step(s_DF: Array, chunk: Chunks) -> tuple[Array, None]:
-            return commit(transform, s_DF, chunk, eta)[0], None
+            return commit(update, s_DF, chunk, eta)[0], None
 
         return jax.lax.scan(step, empty_state(chunks.v_MCD.shape[-1], chunks.z_MCF.shape[-1]), chunks)[0]
     kept_after_M = _kept_before(chunks.keep_M[::-1])[::-1]
@@ -175,10 +165,26 @@ def written_state(transform: DeltaTransform, eta: Array, chunks: Chunks) -> Arra
     return eta * _matmul("mcd,mcf->df", _weighted(chunks.v_MCD, weights_MC), chunks.z_MCF)
 
 
-def read_back(chunks: Chunks, do_MCD: Array) -> Array:
-    """Returns the gradient (D F) of the incoming state through all reads, without that of the last state."""
+def read_back(update: UpdateRule, chunks: Chunks, do_MCD: Array) -> Array:
+    """Returns the gradient (D F) of the incoming state through all reads, without that of the last state.
+
+    One matmul, or a scan, as in ``written_state``.
+    """
+    if not update.keeps_everything:
+
+        def step(g_DF: Array, inputs: tuple[Chunks, Array]) -> tuple[Array, None]:
+            chunk, do_CD = inputs
+            return update.combine(update.carry(chunk.keep_M), g_DF, _from_reads_of(chunk, do_CD)), None
+
+        empty_DF = empty_state(chunks.v_MCD.shape[-1], chunks.z_MCF.shape[-1])
+        return jax.lax.scan(step, empty_DF, (chunks, do_MCD), reverse=True)[0]
     weights_MC = chunks.reads_MC * _kept_before(chunks.keep_M)[:, None]
     return _matmul("mcd,mcf->df", _weighted(do_MCD, weights_MC), chunks.z_MCF)
+
+
+def _from_reads_of(chunk: Chunks, do_CD: Array) -> Array:
+    """Returns the gradient (D F) of the state through the reads of a chunk."""
+    return _matmul("cd,cf->df", _weighted(do_CD, chunk.reads_MC), chunk.z_MCF)
 
 
 def _kept_before(keep_M: Array) -> Array:
@@ -197,7 +203,7 @@ def _norm(x_DF: Array) -> Array:
 
 
 def backward_scans(
-    transform: DeltaTransform,
+    update: UpdateRule,
     w_DF: Array,
     eta: Array,
     dw_DF: Array,
@@ -209,7 +215,7 @@ def backward_scans(
     """Returns the gradients of ``forward_scan``, that of W0 (fp32) first.
 
     Args:
-      transform, w_DF, eta, s_in_DF, chunks: as there.
+      update, w_DF, eta, s_in_DF, chunks: as there.
       dw_DF: what the gradient of W0 is added to.
       do_MCD: gradient of what was read, row scales included, in the dtype of z.
       g_end_DF: gradient of the last state; ``None`` for zero.
@@ -229,7 +235,7 @@ def backward_scans(
         dz_CF = _matmul("cd,df->cf", do_CD, _read_matrix(w_DF, s_DF, chunk)).astype(dtype)
         dz_MCF = _if_mixed(chunk, replace, jax.lax.dynamic_update_index_in_dim(dz_MCF, dz_CF, at, axis=0))
         s_DF, dz_MCF = _in_order(s_DF, dz_MCF)
-        return (commit(transform, s_DF, chunk, eta)[0], dz_MCF), None
+        return (commit(update, s_DF, chunk, eta)[0], dz_MCF), None
 
     def suffix(carried: tuple[_Sums, Array], inputs: tuple[Chunks, Array, Array]) -> tuple[Any, tuple[Array, ...]]:
         """Carries ``G_{i+1} = dL/dS_{i+1}`` back through the commit and the read of chunk i.
@@ -238,13 +244,16 @@ def backward_scans(
         """
         sums, dz_MCF = carried
         chunk, do_CD, at = inputs
-        dz_CF, *gradients = _commit_gradient(transform, chunk, eta, sums.g_DF)
+        dz_CF, *gradients = update.delta_gradient(
+            chunk.v_MCD, chunk.z_MCF, chunk.writes_MC, chunk.gate_M, eta, sums.g_DF
+        )
         dz_CF = dz_CF + _chunk_at(dz_MCF, at)
         dz_MCF = jax.lax.dynamic_update_index_in_dim(dz_MCF, dz_CF, at, axis=0)
-        dw_DF = _ended_documents(sums, chunk, g_end_DF, (do_MCD, chunks.z_MCF, at))
+        a = update.carry(chunk.keep_M)
+        dw_DF = _lost_by_g(update, sums, chunk, g_end_DF, (do_MCD, chunks.z_MCF, at))
         g_DF, dw_DF = _in_order(sums.g_DF, dw_DF)
-        g_DF = chunk.keep_M * g_DF + _matmul("cd,cf->df", _weighted(do_CD, chunk.reads_MC), chunk.z_MCF)
-        return (_Sums(g_DF, dw_DF, chunk.keep_M * sums.kept), dz_MCF), tuple(gradients)
+        g_DF = update.combine(a, g_DF, _from_reads_of(chunk, do_CD))
+        return (_Sums(g_DF, dw_DF, a * sums.end_share), dz_MCF), tuple(gradients)
 
     inputs = (chunks, do_MCD, _numbers(chunks))
     (_, dz_MCF), _ = jax.lax.scan(prefix, (s_in_DF, jax.lax.empty(chunks.z_MCF.shape, dtype)), inputs)
@@ -255,55 +264,48 @@ def backward_scans(
 
 
 class _Sums(NamedTuple):
-    """Of the suffix scan: G, the gradient of W0 as far as G does not hold it, and how much of ``g_end`` G holds."""
+    """What the suffix scan carries.
+
+    Attributes:
+      g_DF: G, the gradient of the state after the chunk.
+      dw_DF: the gradient of W0 through reads that G has no part in (any more).
+      end_share: how much of the gradient of the last state is in G.
+    """
 
     g_DF: Array
     dw_DF: Array
-    kept: Array
+    end_share: Array
 
 
 def _from_reads(sums: _Sums, g_end_DF: Array | None) -> Array:
-    """Returns what of G is the gradient of reads, of W0 as much as of S."""
-    return sums.g_DF if g_end_DF is None else sums.g_DF - sums.kept * g_end_DF
+    """Returns the part of G that comes from reads: as ``W0 + S`` is what is read, it is a gradient of W0 as well."""
+    return sums.g_DF if g_end_DF is None else sums.g_DF - sums.end_share * g_end_DF
 
 
-def _ended_documents(sums: _Sums, chunk: Chunks, g_end_DF: Array | None, rows: tuple[Array, Array, Array]) -> Array:
-    """Returns the gradient of W0 with what G will not hold any more: of documents whose readers end with this chunk,
-    and of tokens that did not read S at all.
+def _lost_by_g(
+    update: UpdateRule, sums: _Sums, chunk: Chunks, g_end_DF: Array | None, rows: tuple[Array, Array, Array]
+) -> Array:
+    """Returns the gradient of W0 with what G is about to lose, and with what never was in it.
+
+    G sums up what reads want of the state, which is what they want of W0: at the first chunk of a row it holds the
+    gradient of W0, except for
+
+    * (1 - a) G, which does not pass the chunk backwards: all of it where a document ends, a part under a rule that
+      forgets. Without this term the gradient of W0 is wrong and everything else is right.
+    * tokens that read W0 alone, at the beginning of a document inside a chunk.
+
+    A rule that keeps everything pays for both only in a chunk where a document begins.
     """
+    do_MCD, z_MCF, at = rows
+
+    def lost(dw_DF: Array) -> Array:
+        return dw_DF + (1.0 - update.carry(chunk.keep_M)) * _from_reads(sums, g_end_DF)
 
     @jax.named_scope(MIXED_SCOPE)
-    def add(dw_DF: Array) -> Array:
-        do_MCD, z_MCF, at = rows
+    def unread(dw_DF: Array) -> Array:
+        dw_DF = lost(dw_DF) if update.keeps_everything else dw_DF
         unread_CD = _weighted(_chunk_at(do_MCD, at), 1.0 - chunk.reads_MC)
-        dropped_DF = (1.0 - chunk.keep_M) * _from_reads(sums, g_end_DF)
-        return dw_DF + dropped_DF + _matmul("cd,cf->df", unread_CD, _chunk_at(z_MCF, at))
+        return dw_DF + _matmul("cd,cf->df", unread_CD, _chunk_at(z_MCF, at))
 
-    return jax.lax.cond(jnp.all(chunk.reads_MC > 0), lambda dw_DF: dw_DF, add, sums.dw_DF)
-
-
-def _commit_gradient(transform: DeltaTransform, chunk: Chunks, eta: Array, g_DF: Array) -> tuple[Array, ...]:
-    """Returns the gradients of z, v, gate and eta through ``gate * bound(eta * sum mu v z^T)``; ``g_DF`` is dL/dS."""
-    if transform.bounds_delta:
-        draw_DF, dgate, deta = _bounded_gradient(transform, chunk, eta, g_DF)
-        factor: Array | float = 1.0
-    else:
-        draw_DF, factor = g_DF, eta * chunk.gate_M
-    dtype, writes_C1 = chunk.z_MCF.dtype, chunk.writes_MC[:, None]
-    draw_DF = draw_DF.astype(dtype)
-    gz_CD = writes_C1 * _matmul("cf,df->cd", chunk.z_MCF, draw_DF)
-    vg_CF = writes_C1 * _matmul("cd,df->cf", chunk.v_MCD, draw_DF)
-    if not transform.bounds_delta:
-        inner = jnp.sum(chunk.v_MCD.astype(jnp.float32) * gz_CD)  # <V^T Z, G>
-        dgate, deta = eta * inner, chunk.gate_M * inner
-    return (factor * vg_CF).astype(dtype), (factor * gz_CD).astype(dtype), dgate, deta
-
-
-def _bounded_gradient(transform: DeltaTransform, chunk: Chunks, eta: Array, g_DF: Array) -> tuple[Array, Array, Array]:
-    """Returns the gradients of the raw sum ``V^T Z``, the gate and eta when the update is bounded."""
-
-    def bounded(raw_DF: Array, gate: Array, eta: Array) -> Array:
-        return gate * _bound(transform, eta * raw_DF)
-
-    _, pull = jax.vjp(bounded, _raw_delta(chunk, jnp.ones_like(eta)), chunk.gate_M, eta)
-    return pull(g_DF)
+    dw_DF = sums.dw_DF if update.keeps_everything else lost(sums.dw_DF)
+    return jax.lax.cond(jnp.all(chunk.reads_MC > 0), lambda dw_DF: dw_DF, unread, dw_DF)

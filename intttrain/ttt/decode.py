@@ -26,8 +26,8 @@ from intttrain.ttt.gating import (
     measured_tokens,
     own_signal,
 )
+from intttrain.ttt.rules import UpdateRule
 from intttrain.ttt.targets import make_targets
-from intttrain.ttt.transforms import DeltaTransform, bound_delta, row_scale
 
 
 class FastWeightCache(NamedTuple):
@@ -80,7 +80,7 @@ def read(
     z_BPF: Float[Array, "B P F"],
     base_BPD: Float[Array, "B P D"],
     w_down_DF: Float[Array, "D F"],
-    transform: DeltaTransform = DeltaTransform(),
+    update: UpdateRule = UpdateRule(),
 ) -> Float[Array, "B P D"]:
     """Returns ``(W0 + S) z`` in the dtype of z.
 
@@ -90,13 +90,14 @@ def read(
       z_BPF: activations.
       base_BPD: ``W0 z``, fp32: shared by all rows, so rows that were never written cost no more than a dense layer.
       w_down_DF: W0.
-      transform: as in ``fast_weight_projection``.
+      update: as in ``fast_weight_projection``.
     """
 
     def add_state(base_BPD: Array) -> Array:
         s_BDF = jax.lax.dynamic_index_in_dim(cache.s_nBDF, layer, keepdims=False)
         o_BPD = base_BPD + _product("bpf,bdf->bpd", z_BPF, s_BDF.astype(z_BPF.dtype))
-        return o_BPD * row_scale(s_BDF, w_down_DF)[:, None] if transform.preserve_row_norm else o_BPD
+        scale_BD = jax.vmap(update.row_scale, (0, None))(s_BDF, w_down_DF)
+        return o_BPD if scale_BD is None else o_BPD * scale_BD[:, None]
 
     written = jnp.any(jax.lax.dynamic_index_in_dim(cache.written_nB, layer, keepdims=False) > 0)
     return jax.lax.cond(written, add_state, lambda base_BPD: base_BPD, base_BPD).astype(z_BPF.dtype)
@@ -132,14 +133,14 @@ def commit(
     model_signal_B: Float[Array, "B"] | None = None,
     rule: GateRule = GateRule(),
     settings: GateSettings = GateSettings(),
-    transform: DeltaTransform = DeltaTransform(),
+    update: UpdateRule = UpdateRule(),
 ) -> tuple[FastWeightCache, Decision]:
     """Decides about the chunks of full rows and writes those that shall be.
 
     Args:
       cache, weights: of all TTT layers.
       full_B: rows whose open chunk is full; the cache of the others stays as it is.
-      eta, transform: as in ``fast_weight_projection``.
+      eta, update: as in ``fast_weight_projection``.
       chunk_B: number of the open chunk.
       sequence_B: number of the sequence, for random gates.
       model_signal_B: ``nll`` or ``entropy`` of the chunk, where the rule looks at it.
@@ -152,7 +153,7 @@ def commit(
     nothing = Decision(*(jnp.full((layers, rows), value, jnp.float32) for value in (0.0, jnp.nan, jnp.nan)))
 
     def write(cache: FastWeightCache) -> tuple[FastWeightCache, Decision]:
-        v_nBCD, signal_nB = _targets_and_signals(cache, weights, eta, model_signal_B, rule, transform)
+        v_nBCD, signal_nB = _targets_and_signals(cache, weights, eta, model_signal_B, rule, update)
         if rule.shared:
             signal_nB = jnp.broadcast_to(jnp.mean(signal_nB, axis=0), signal_nB.shape)
 
@@ -162,7 +163,7 @@ def commit(
         found, gate_state = jax.vmap(decide_layer)(cache.gate, signal_nB, jnp.arange(layers))
         where_full = lambda new, old: jnp.where(full_B[None], new, old)  # noqa: E731
         found = jax.tree.map(where_full, found, nothing)
-        s_nBDF = _written(cache, v_nBCD, found.gate, eta, transform)
+        s_nBDF = _written(cache, v_nBCD, found.gate, full_B, eta, update)
         kept = cache._replace(
             s_nBDF=s_nBDF,
             written_nB=cache.written_nB + (found.gate > 0).astype(jnp.int32),
@@ -179,7 +180,7 @@ def _targets_and_signals(
     eta: Array,
     model_signal_B: Array | None,
     rule: GateRule,
-    transform: DeltaTransform,
+    update: UpdateRule,
 ) -> tuple[Array, Array]:
     """Returns V of the open chunks (n B C D) and the signal of each (n B)."""
     rows, chunk_tokens = cache.z_nBCF.shape[1:3]
@@ -196,7 +197,7 @@ def _targets_and_signals(
             assert model_signal_B is not None
             signal_B = model_signal_B
         elif rule.signal == "delta_norm":
-            update_B = _norm(_update(v_BCD, z_BCF, eta, transform))
+            update_B = _norm(_deltas(update, v_BCD, z_BCF, eta))
             signal_B = update_B / _norm(weights.w_down_LDF[number].astype(jnp.float32)[None])
         elif rule.signal == "redundancy":
             added_BCD = _product("bcf,bdf->bcd", z_BCF, s_BDF.astype(z_BCF.dtype))
@@ -210,23 +211,31 @@ def _targets_and_signals(
 
 
 def _written(
-    cache: FastWeightCache, v_nBCD: Array, gate_nB: Array, eta: Array, transform: DeltaTransform
+    cache: FastWeightCache, v_nBCD: Array, gate_nB: Array, full_B: Array, eta: Array, update: UpdateRule
 ) -> Float[Array, "n B D F"]:
-    """Returns the states with what is written; a layer in which no row is written costs nothing."""
+    """Returns the states after the chunks of full rows; a layer in which no row is written costs nothing.
+
+    Under a rule that forgets, the state of a full row is scaled whether or not the chunk is written.
+    """
+    carry_B = jnp.where(full_B, update.carry(jnp.float32(1.0)), 1.0)[:, None, None]
 
     def layer(_: None, inputs: tuple[Array, ...]) -> tuple[None, Array]:
         s_BDF, z_BCF, v_BCD, gate_B = inputs
 
         def add(s_BDF: Array) -> Array:
-            return s_BDF + gate_B[:, None, None] * _update(v_BCD, z_BCF, eta, transform)
+            deltas_BDF = gate_B[:, None, None] * _deltas(update, v_BCD, z_BCF, eta)
+            return s_BDF + deltas_BDF if update.keeps_everything else update.combine(carry_B, s_BDF, deltas_BDF)
 
-        return None, jax.lax.cond(jnp.any(gate_B > 0), add, lambda s_BDF: s_BDF, s_BDF)
+        def add_nothing(s_BDF: Array) -> Array:
+            return s_BDF if update.keeps_everything else carry_B * s_BDF
+
+        return None, jax.lax.cond(jnp.any(gate_B > 0), add, add_nothing, s_BDF)
 
     return jax.lax.scan(layer, None, (cache.s_nBDF, cache.z_nBCF, v_nBCD, gate_nB))[1]
 
 
-def _update(v_BCD: Array, z_BCF: Array, eta: Array, transform: DeltaTransform) -> Array:
-    return bound_delta(eta * _product("bcd,bcf->bdf", v_BCD, z_BCF), transform)
+def _deltas(update: UpdateRule, v_BCD: Array, z_BCF: Array, eta: Array) -> Array:
+    return jax.vmap(lambda v_CD, z_CF: update.delta(v_CD, z_CF, None, eta))(v_BCD, z_BCF)
 
 
 def _product(equation: str, a: Array, b: Array) -> Array:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from intttrain.layout import hardware
 from intttrain.layout.sharding import axis_size, device_kind, platform
 from intttrain.ttt.kernel import HANDED_ROWS, LANES, Machine, RecurrenceBlocks, SuffixBlocks
-from intttrain.ttt.transforms import DeltaTransform
+from intttrain.ttt.rules import UpdateRule
 
 TOKEN_MULTIPLE = 16  # rows of a bf16 register; chunks are padded to it
 
@@ -40,14 +40,14 @@ class Kernels(NamedTuple):
     suffix: SuffixBlocks
 
 
-def supports(transform: DeltaTransform) -> str:
+def supports(update: UpdateRule) -> str:
     """Returns why the kernels cannot run here, whatever the shapes, or ``""``."""
     if platform() != "tpu":
         return f"they run on TPUs only, not on {platform()}"
     if hardware.chip(device_kind()).name not in VMEM_MIB:
         return f"{device_kind()} has too little on-chip memory; they run on {', '.join(VMEM_MIB)}"
-    if transform != DeltaTransform():
-        return "they have no bounds on updates and no row norms (ttt.delta_clip, delta_spectral, preserve_row_norm)"
+    if update != UpdateRule():  # of this class, too
+        return f"they know the plain sum of updates only, no bounds and no row norms, not {update}"
     if axis_size("tensor") > 1:
         return f"mesh.tensor={axis_size('tensor')} cuts the state, which only XLA does; they need mesh.tensor=1"
     return ""

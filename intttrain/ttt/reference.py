@@ -1,8 +1,11 @@
-"""The definition, token by token: slow, obvious, differentiated by plain autodiff. Nothing else defines the method.
+"""The definition, one token after the other: slow, obvious, differentiated by plain autodiff.
 
     o_t = (W0 + S_t) z_t
-    S_t = S_in [doc(t) carried in] + sum over chunks c < chunk(t) of
-          g_c bound(eta * sum over s in chunk c with doc(s) = doc(t), not padding, of v_s z_s^T)
+    S_t = the state that the chunks before t's leave to its document, chunk after chunk by the update rule:
+          S <- r S + g_c delta(v_s, z_s for s in chunk c with doc(s) = doc(t), not padding)
+
+The rule itself (delta and r) is in ``rules.py``, once for all implementations; here it is applied to each token's
+document by itself, without masks that are carried, scans or pieces.
 
 Letters: B row, T tokens, C tokens per chunk, M chunks, D model width, F feed-forward width.
 """
@@ -15,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from intttrain.ttt.layout import FastWeightState
-from intttrain.ttt.transforms import DeltaTransform, bound_delta, row_scale
+from intttrain.ttt.rules import UpdateRule
 
 Array = jax.Array
 
@@ -29,7 +32,7 @@ def project_reference(
     eta: Array,
     gates_BM: Array,
     state: FastWeightState,
-    transform: DeltaTransform,
+    update: UpdateRule,
 ) -> tuple[Array, FastWeightState]:
     """Returns ``o_BTD`` and the state after the last chunk; memory and time grow with T * M * D * F."""
     chunk_of_T = jnp.arange(z_BTF.shape[1]) // chunk_tokens
@@ -38,21 +41,21 @@ def project_reference(
         """Returns S as ``document`` sees it at the start of ``chunk``."""
         s_DF = jnp.where(document == row.document, row.s_DF, jnp.zeros_like(row.s_DF))
         for c in range(gates_BM.shape[1]):
-            written_T = (chunk_of_T == c) & (row.segment_ids_T == document) & (row.segment_ids_T > 0)
-            update_DF = jnp.zeros_like(s_DF)
-            for t in range(c * chunk_tokens, (c + 1) * chunk_tokens):
-                outer_DF = jnp.outer(row.v_TD[t].astype(jnp.float32), row.z_TF[t].astype(jnp.float32))
-                update_DF += jnp.where(written_T[t], eta * outer_DF, jnp.zeros_like(outer_DF))
-            update_DF = row.gates_M[c] * bound_delta(update_DF[None], transform)[0]
-            s_DF = s_DF + jnp.where(c < chunk, update_DF, jnp.zeros_like(update_DF))
+            here = slice(c * chunk_tokens, (c + 1) * chunk_tokens)
+            ids_C = row.segment_ids_T[here]
+            written_C = ((ids_C == document) & (ids_C > 0)).astype(jnp.float32)
+            delta_DF = row.gates_M[c] * update.delta(row.v_TD[here], row.z_TF[here], written_C, eta)
+            after_DF = update.combine(update.carry(jnp.float32(1.0)), s_DF, delta_DF)
+            s_DF = jnp.where(c < chunk, after_DF, s_DF)
         return s_DF
 
     def one_row(row: _Row) -> tuple[Array, Array, Array]:
         def one_token(t: Array) -> Array:
             s_DF = state_of(row, row.segment_ids_T[t], chunk_of_T[t])
             w_DF = w_down_DF.astype(jnp.float32) + s_DF
-            if transform.preserve_row_norm:
-                w_DF = w_DF * row_scale(s_DF[None], w_down_DF)[0][:, None]
+            scale_D = update.row_scale(s_DF, w_down_DF)
+            if scale_D is not None:
+                w_DF = w_DF * scale_D[:, None]
             return (w_DF @ row.z_TF[t].astype(jnp.float32)).astype(z_BTF.dtype)
 
         last = row.segment_ids_T[-1]

@@ -30,7 +30,7 @@ from intttrain.ttt import chunked, kernel_scans
 from intttrain.ttt.chunked import Chunks, Forward, Gradients, empty_state, read_back, read_scale, written_state
 from intttrain.ttt.kernel_blocks import Kernels
 from intttrain.ttt.layout import ChunkLayout
-from intttrain.ttt.transforms import DeltaTransform
+from intttrain.ttt.rules import UpdateRule
 
 Array = jax.Array
 
@@ -49,13 +49,13 @@ class Options(NamedTuple):
     """What is static.
 
     Attributes:
-      transform: bounds on updates.
+      update: the rule.
       gradient_dtype: in which the gradient of W0 is summed over devices.
       kernels: that run the scans; ``None`` for XLA.
       stretches: P, 1 where no context axis cuts the rows.
     """
 
-    transform: DeltaTransform
+    update: UpdateRule
     gradient_dtype: str
     kernels: Kernels | None
     stretches: int
@@ -68,13 +68,13 @@ class Options(NamedTuple):
     def forward_scan(self, *arguments: Any) -> tuple[Array, Forward]:
         """``chunked.forward_scan`` without its first argument."""
         if self.kernels is None:
-            return chunked.forward_scan(self.transform, *arguments)
+            return chunked.forward_scan(self.update, *arguments)
         return kernel_scans.forward_scan(self.kernels, *arguments)
 
     def backward_scans(self, *arguments: Any) -> tuple[Array, Gradients]:
         """``chunked.backward_scans`` without its first argument."""
         if self.kernels is None:
-            return chunked.backward_scans(self.transform, *arguments)
+            return chunked.backward_scans(self.update, *arguments)
         return kernel_scans.backward_scans(self.kernels, *arguments)
 
 
@@ -131,8 +131,8 @@ def _forward(
         s_in_RDF, rows = s_in_BDF, batch
         if axis_size(AXIS) > 1:
             rows = _as_stretches(options, batch)
-            own_RDF = jax.lax.map(lambda chunks: written_state(options.transform, eta, chunks), rows)
-            s_in_RDF, last_BDF = exclusive_scan(options, _kept(rows), own_RDF, s_in_BDF)
+            own_RDF = jax.lax.map(lambda chunks: written_state(options.update, eta, chunks), rows)
+            s_in_RDF, last_BDF = exclusive_scan(options, _carried(options, rows), own_RDF, s_in_BDF)
         kept_nRDF = None if s_in_RDF is None else s_in_RDF[None]
         s_in_RDF, rows = _as_rows(options, s_in_RDF, rows)
 
@@ -165,8 +165,8 @@ def _backward(options: Options, residuals: tuple[Any, ...], cotangents: Scanned)
         rows, do_RMCD, g_end_RDF = batch, do_BMCD, g_end_BDF
         if axis_size(AXIS) > 1:
             rows, do_RMCD = _as_stretches(options, (batch, do_BMCD))
-            own_RDF = jax.lax.map(lambda pair: read_back(*pair), (rows, do_RMCD))
-            g_end_RDF, ds_first_BDF = exclusive_scan(options, _kept(rows), own_RDF, g_end_BDF, reverse=True)
+            own_RDF = jax.lax.map(lambda pair: read_back(options.update, *pair), (rows, do_RMCD))
+            g_end_RDF, ds_first_BDF = exclusive_scan(options, _carried(options, rows), own_RDF, g_end_BDF, reverse=True)
         s_in_RDF, (rows, do_RMCD) = _as_rows(options, None if s_in_nRDF is None else s_in_nRDF[0], (rows, do_RMCD))
 
         def run(dw_DF: Array, row: tuple[Any, ...]) -> tuple[Array, Gradients]:
@@ -211,9 +211,9 @@ def _as_stretches(options: Options, tree: Any) -> Any:
     return jax.tree.map(cut, tree)
 
 
-def _kept(rows: Chunks) -> Array:
-    """Returns whether a stretch carries on what it receives (R)."""
-    return jnp.prod(rows.keep_M, axis=1)
+def _carried(options: Options, rows: Chunks) -> Array:
+    """Returns what a state is multiplied by over each stretch (R)."""
+    return jnp.prod(options.update.carry(rows.keep_M), axis=1)
 
 
 def _shaped_as(batch: Chunks, options: Options, tree: Any) -> Any:
@@ -228,13 +228,13 @@ def _shaped_as(batch: Chunks, options: Options, tree: Any) -> Any:
 
 
 def exclusive_scan(
-    options: Options, keep_R: Array, own_RDF: Array, first_BDF: Array | None, *, reverse: bool = False
+    options: Options, carry_R: Array, own_RDF: Array, first_BDF: Array | None, *, reverse: bool = False
 ) -> tuple[Array, Array]:
     """Inside ``per_device``: the segmented exclusive sum over stretches in the order of the row, or from its end.
 
     Args:
       options: how many stretches a shard has.
-      keep_R: whether the stretch carries on what it receives; 0 or 1. R = P B.
+      carry_R: what the stretch multiplies by what it receives. R = P B.
       own_RDF: what the stretch adds.
       first_BDF: what the first stretch in the direction of the scan receives, the same on all; ``None`` for nothing.
       reverse: from the last stretch to the first.
@@ -245,8 +245,8 @@ def exclusive_scan(
     shards, stretches = axis_size(AXIS), options.stretches
     rows, (width, d_ff) = own_RDF.shape[0] // stretches, own_RDF.shape[1:]
     own_nRdF = jax.lax.all_to_all(own_RDF.reshape(-1, shards, width // shards, d_ff), AXIS, 1, 0)
-    keep_nR = jax.lax.all_gather(keep_R, AXIS)
-    keep, own = (x.reshape(shards, stretches, rows, *x.shape[2:]) for x in (keep_nR, own_nRdF))
+    carry_nR = jax.lax.all_gather(carry_R, AXIS)
+    carry, own = (x.reshape(shards, stretches, rows, *x.shape[2:]) for x in (carry_nR, own_nRdF))
     if first_BDF is None:
         first_BdF = jnp.zeros_like(own_nRdF[0, :rows])
     else:
@@ -254,10 +254,10 @@ def exclusive_scan(
         first_BdF = jax.lax.dynamic_slice_in_dim(first_BDF, start, width // shards, axis=1)
 
     def step(carried_BdF: Array, stretch: tuple[Array, Array]) -> tuple[Array, Array]:
-        keep_B, own_BdF = stretch
-        return keep_B[:, None, None] * carried_BdF + own_BdF, carried_BdF
+        carry_B, own_BdF = stretch
+        return options.update.combine(carry_B[:, None, None], carried_BdF, own_BdF), carried_BdF
 
-    last_BdF, received = jax.lax.scan(step, first_BdF, (_in_row_order(keep), _in_row_order(own)), reverse=reverse)
+    last_BdF, received = jax.lax.scan(step, first_BdF, (_in_row_order(carry), _in_row_order(own)), reverse=reverse)
     received_nRdF = _by_shard(received, stretches).reshape(own_nRdF.shape)
     received_RDF = jax.lax.all_to_all(received_nRdF, AXIS, 0, 1).reshape(own_RDF.shape)
     return received_RDF, jax.lax.all_gather(last_BdF, AXIS, axis=1, tiled=True)

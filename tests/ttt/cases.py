@@ -20,9 +20,10 @@ from intttrain import ttt
 from intttrain.layout.row_order import stored_units
 from intttrain.ttt.layout import NO_DOCUMENT
 from tests.ttt import loop
+from tests.ttt.other_rules import DeltaRule, Forgets
 
 D, F, T, C = 8, 12, 16, 4
-PLAIN = ttt.DeltaTransform()
+PLAIN = ttt.UpdateRule()
 Leaves = dict[str, Any]
 
 
@@ -38,7 +39,7 @@ class Case:
     carried: tuple[int, ...] | None = None
     chunk_tokens: int = C
     conv: bool = True
-    transform: ttt.DeltaTransform = PLAIN
+    update: ttt.UpdateRule = PLAIN
     shut: tuple[int, ...] = ()
 
     @property
@@ -80,9 +81,12 @@ CASES = (
     Case("one_chunk", MIXED, carried=(1, 1, 5), chunk_tokens=16),
     Case("gates_mixed", MIXED, shut=(0, 2)),
     Case("gates_shut", MIXED, carried=(1, 1, 1), shut=(0, 1, 2, 3)),
-    Case("clip", MIXED, transform=ttt.DeltaTransform(clip=4.0)),
-    Case("clip_and_spectral", MIXED, transform=ttt.DeltaTransform(clip=6.0, spectral=4.0)),
-    Case("row_norm_and_clip", MIXED, (1, 1, 1), transform=ttt.DeltaTransform(clip=4.0, preserve_row_norm=True)),
+    Case("clip", MIXED, update=ttt.UpdateRule(clip=4.0)),
+    Case("clip_and_spectral", MIXED, update=ttt.UpdateRule(clip=6.0, spectral=4.0)),
+    Case("row_norm_and_clip", MIXED, (1, 1, 1), update=ttt.UpdateRule(clip=4.0, preserve_row_norm=True)),
+    Case("forgets", MIXED, (1, 1, 1), update=Forgets()),
+    Case("forgets_where_gates_are_shut", MIXED, (1, 1, 9), shut=(0, 2), update=Forgets()),
+    Case("delta_rule_and_clip", MIXED, (1, 1, 1), update=DeltaRule(clip=4.0)),
 )
 BY_NAME = {case.name: case for case in CASES}
 
@@ -148,7 +152,7 @@ def forward(
         eta=leaves["eta"],
         gates_BM=leaves["gates"],
         state=None if fresh else ttt.FastWeightState(leaves["s_in"], jnp.asarray(case.document_B)),
-        transform=case.transform,
+        update=case.update,
         balanced=balanced,
         implementation=implementation,
     )
@@ -161,7 +165,7 @@ def forward_loop(case: Case, leaves: Leaves, segments_BT: np.ndarray | None = No
     v_BTD = loop.targets(leaves["x"], leaves["w_target"], leaves["conv"], segments_BT, case.chunk_tokens)
     return loop.project(
         leaves["z"], v_BTD + leaves["v"], leaves["w_down"], segments_BT, case.chunk_tokens, leaves["eta"],
-        leaves["gates"], leaves["s_in"], case.document_B, case.transform,
+        leaves["gates"], leaves["s_in"], case.document_B, case.update,
     )  # fmt: skip
 
 
@@ -173,7 +177,7 @@ def loss_of(case: Case, o_BTD: Any, s_BDF: Any) -> Any:
 
 def shape_of(case: Case) -> Case:
     """Returns a case that stands for all that share compiled programs with this one."""
-    return Case("", ((0,),) * len(case.rows), None, case.chunk_tokens, case.conv, case.transform)
+    return Case("", ((0,),) * len(case.rows), None, case.chunk_tokens, case.conv, case.update)
 
 
 def loss_function(
@@ -218,7 +222,7 @@ class _Shaped:
     """A case whose documents are traced: cases of equal shape share one compiled program."""
 
     def __init__(self, case: Case, document_B: jax.Array):
-        self.chunk_tokens, self.transform, self.document_B = case.chunk_tokens, case.transform, document_B
+        self.chunk_tokens, self.update, self.document_B = case.chunk_tokens, case.update, document_B
 
 
 def gradients(

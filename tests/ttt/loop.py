@@ -11,12 +11,13 @@ import dataclasses
 
 import numpy as np
 
-from intttrain.ttt import DeltaTransform
+from intttrain.ttt import UpdateRule
+from tests.ttt.other_rules import DeltaRule
 
 
 @dataclasses.dataclass
 class Carried:
-    """What a row carries: the sum of its document's updates, and which document that is."""
+    """What a row carries: what its document has written, and which document that is."""
 
     s_DF: np.ndarray
     document: int
@@ -37,46 +38,56 @@ def targets(x_BTD, w_target_DD, conv_WD, segments_BT, chunk_tokens):
     return u_BTD @ w_target_DD
 
 
-def bounded(update_DF, transform: DeltaTransform):
-    if transform.clip is not None:
-        update_DF = update_DF * min(1.0, transform.clip / max(np.linalg.norm(update_DF), 1e-300))
-    if transform.spectral is not None:
+def written(tokens, update: UpdateRule):
+    """The sum of outer products of (v, z) pairs, or what the delta rule of ``other_rules`` makes of them."""
+    sum_DF = np.zeros((len(tokens[0][0]), len(tokens[0][1])))
+    for v_D, z_F in tokens:
+        error_D = v_D - update.beta * sum_DF @ z_F if isinstance(update, DeltaRule) else v_D
+        sum_DF += np.outer(error_D, z_F)
+    return sum_DF
+
+
+def bounded(update_DF, update: UpdateRule):
+    if update.clip is not None:
+        update_DF = update_DF * min(1.0, update.clip / max(np.linalg.norm(update_DF), 1e-300))
+    if update.spectral is not None:
         largest = np.linalg.svd(update_DF, compute_uv=False)[0]
-        update_DF = update_DF * min(1.0, transform.spectral / max(largest, 1e-300))
+        update_DF = update_DF * min(1.0, update.spectral / max(largest, 1e-300))
     return update_DF
 
 
-def read(w_DF, s_DF, transform: DeltaTransform):
+def read(w_DF, s_DF, update: UpdateRule):
     """The weight that a token sees."""
     moved_DF = w_DF + s_DF
-    if transform.preserve_row_norm:
+    if update.preserve_row_norm:
         moved_DF *= (np.linalg.norm(w_DF, axis=1) / np.linalg.norm(moved_DF, axis=1))[:, None]
     return moved_DF
 
 
-def project_row(z_TF, v_TD, w_DF, segments_T, chunk_tokens, eta, gates_M, carried: Carried, transform: DeltaTransform):
+def project_row(z_TF, v_TD, w_DF, segments_T, chunk_tokens, eta, gates_M, carried: Carried, update: UpdateRule):
     """Returns o_TD and what the row carries at its end."""
     nothing_DF = np.zeros(w_DF.shape)
     states = {carried.document: carried.s_DF}
-    pending: dict[int, np.ndarray] = {}
+    pending: dict[int, list] = {}
     o_TD = np.zeros((len(segments_T), w_DF.shape[0]))
     for t, document in enumerate(segments_T):
-        o_TD[t] = read(w_DF, states.get(document, nothing_DF), transform) @ z_TF[t]
+        o_TD[t] = read(w_DF, states.get(document, nothing_DF), update) @ z_TF[t]
         if document > 0:
-            pending[document] = pending.get(document, nothing_DF) + np.outer(v_TD[t], z_TF[t])
+            pending.setdefault(document, []).append((v_TD[t], z_TF[t]))
         if (t + 1) % chunk_tokens == 0:
-            for name, sum_DF in pending.items():
-                update_DF = gates_M[t // chunk_tokens] * bounded(eta * sum_DF, transform)
+            states = {name: update.retention * s_DF for name, s_DF in states.items()}
+            for name, tokens in pending.items():
+                update_DF = gates_M[t // chunk_tokens] * bounded(eta * written(tokens, update), update)
                 states[name] = states.get(name, nothing_DF) + update_DF
             pending = {}
     last = int(segments_T[-1])
     return o_TD, Carried(states.get(last, nothing_DF), last)
 
 
-def project(z_BTF, v_BTD, w_DF, segments_BT, chunk_tokens, eta, gates_BM, s_in_BDF, document_B, transform):
+def project(z_BTF, v_BTD, w_DF, segments_BT, chunk_tokens, eta, gates_BM, s_in_BDF, document_B, update):
     """Returns o_BTD and the carried sums s_BDF of all rows."""
     rows = [
-        project_row(z, v, w_DF, segments, chunk_tokens, eta, gates, Carried(s, int(document)), transform)
+        project_row(z, v, w_DF, segments, chunk_tokens, eta, gates, Carried(s, int(document)), update)
         for z, v, segments, gates, s, document in zip(
             z_BTF, v_BTD, segments_BT, gates_BM, s_in_BDF, document_B, strict=True
         )

@@ -11,12 +11,15 @@ import pytest
 
 from intttrain import ttt
 from tests.ttt.cases import BY_NAME, C, D, F, T, assert_close, assert_same, leaves_of
+from tests.ttt.other_rules import DeltaRule, Forgets
 
 ROWS = 3
-TRANSFORMS = {
-    "plain": ttt.DeltaTransform(),
-    "clip": ttt.DeltaTransform(clip=4.0),
-    "row_norm": ttt.DeltaTransform(preserve_row_norm=True),
+RULES = {
+    "plain": ttt.UpdateRule(),
+    "clip": ttt.UpdateRule(clip=4.0),
+    "row_norm": ttt.UpdateRule(preserve_row_norm=True),
+    "forgets": Forgets(),
+    "delta_rule": DeltaRule(),
 }
 
 
@@ -26,19 +29,19 @@ def inputs():
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def whole_row(conv, transform, seq_len=T):
+def whole_row(conv, update, seq_len=T):
     """The full forward over one document per row."""
     i, ids = inputs(), jnp.ones((ROWS, seq_len), jnp.int32)
     v = ttt.make_targets(i["x"][:, :seq_len], i["w_target"], i["conv"] if conv else None, ids, C)
     return ttt.fast_weight_projection(
-        i["z"][:, :seq_len], v, i["w_down"], ids, chunk_tokens=C, eta=jnp.asarray(0.3), transform=transform,
+        i["z"][:, :seq_len], v, i["w_down"], ids, chunk_tokens=C, eta=jnp.asarray(0.3), update=update,
         state=ttt.init_state(ROWS, D, F),
     )  # fmt: skip
 
 
-def one_token(i, conv, transform, cache, length_B, active_B, eta, z_BF, x_BD):
+def one_token(i, conv, update, cache, length_B, active_B, eta, z_BF, x_BD):
     """Reads a token of every active row and commits chunks that are full; returns what was read and the cache."""
-    o_B1D = ttt.read(cache, 0, z_BF[:, None], ttt.project(z_BF[:, None], i["w_down"]), i["w_down"], transform)
+    o_B1D = ttt.read(cache, 0, z_BF[:, None], ttt.project(z_BF[:, None], i["w_down"]), i["w_down"], update)
     places_B1 = jnp.where(active_B, length_B % C, C)[:, None]
     cache = ttt.remember(cache, 0, places_B1, z_BF[:, None], x_BD[:, None], o_B1D)
     weights = ttt.FastWeights(
@@ -47,7 +50,7 @@ def one_token(i, conv, transform, cache, length_B, active_B, eta, z_BF, x_BD):
     full_B = active_B & (length_B % C == C - 1)
     cache, _ = ttt.commit(
         cache, weights, full_B, eta=jnp.asarray(eta, jnp.float32), chunk_B=length_B // C, sequence_B=jnp.arange(ROWS),
-        transform=transform,
+        update=update,
     )  # fmt: skip
     return o_B1D[:, 0], cache
 
@@ -57,14 +60,14 @@ def empty_cache(dtype="float32"):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def token_by_token(conv, transform, active_SB):
+def token_by_token(conv, update, active_SB):
     """Runs S steps; row b receives its next token in every step in which it is active."""
     i = inputs()
 
     def step(carry, active_B):
         cache, seen_B = carry
         here = jnp.arange(ROWS), jnp.minimum(seen_B, T - 1)
-        o_BD, cache = one_token(i, conv, transform, cache, seen_B, active_B, 0.3, i["z"][here], i["x"][here])
+        o_BD, cache = one_token(i, conv, update, cache, seen_B, active_B, 0.3, i["z"][here], i["x"][here])
         return (cache, seen_B + active_B.astype(jnp.int32)), (o_BD, seen_B, cache)
 
     start = empty_cache(), jnp.zeros((ROWS,), jnp.int32)
@@ -83,12 +86,12 @@ def schedules():
     return active_SB & (np.cumsum(active_SB, axis=0) <= T)
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("update", RULES)
 @pytest.mark.parametrize("conv", [True, False])
-def test_rows_out_of_step_equal_the_whole_row(conv, transform):
-    wanted = np.asarray(whole_row(conv, TRANSFORMS[transform]).o_BTD)
+def test_rows_out_of_step_equal_the_whole_row(conv, update):
+    wanted = np.asarray(whole_row(conv, RULES[update]).o_BTD)
     active_SB = schedules()
-    _, o_SBD, seen_SB, _ = token_by_token(conv, TRANSFORMS[transform], active_SB)
+    _, o_SBD, seen_SB, _ = token_by_token(conv, RULES[update], active_SB)
     for b in range(ROWS):
         now = active_SB[:, b]
         assert now.sum() > 2 * C
@@ -99,16 +102,16 @@ def test_rows_out_of_step_equal_the_whole_row(conv, transform):
 def test_the_cache_holds_the_state_of_the_committed_chunks(length):
     """An open chunk never updates: the state is that of the last chunk edge."""
     active_SB = np.arange(2 * T)[:, None] < np.array([[length] * ROWS])
-    cache, *_ = token_by_token(True, TRANSFORMS["plain"], active_SB)
+    cache, *_ = token_by_token(True, RULES["plain"], active_SB)
     committed = length // C * C
-    wanted = whole_row(True, TRANSFORMS["plain"], committed).state.s_BDF if committed else np.zeros((ROWS, D, F))
+    wanted = whole_row(True, RULES["plain"], committed).state.s_BDF if committed else np.zeros((ROWS, D, F))
     assert_close(cache.s_nBDF[0], wanted, 1e-5)
     assert_same(cache.written_nB, committed // C)
 
 
 def test_an_inactive_row_keeps_its_cache_bit_for_bit():
     active_SB = schedules()
-    *_, caches = token_by_token(True, TRANSFORMS["plain"], active_SB)
+    *_, caches = token_by_token(True, RULES["plain"], active_SB)
     for name in ("s_nBDF", "z_nBCF", "x_nBCD", "o_nBCD", "written_nB"):
         stacked = np.asarray(getattr(caches, name))[:, 0]
         before, after = stacked[:-1], stacked[1:]
@@ -121,7 +124,7 @@ def test_eta_zero_decodes_with_the_plain_projection():
     i, cache, everyone = inputs(), empty_cache(), jnp.ones((ROWS,), bool)
     for t in range(2 * C):
         at_B = jnp.full((ROWS,), t)
-        o_BD, cache = one_token(i, True, TRANSFORMS["plain"], cache, at_B, everyone, 0.0, i["z"][:, t], i["x"][:, t])
+        o_BD, cache = one_token(i, True, RULES["plain"], cache, at_B, everyone, 0.0, i["z"][:, t], i["x"][:, t])
         assert_same(o_BD, ttt.project(i["z"][:, t : t + 1], i["w_down"])[:, 0])
     assert_same(cache.s_nBDF, 0.0)
 
@@ -132,7 +135,7 @@ def test_bf16_cache_keeps_the_state_in_fp32():
     i = {name: leaf.astype(jnp.bfloat16) if name in ("z", "x") else leaf for name, leaf in inputs().items()}
     for t in range(C):
         at_B = jnp.full((ROWS,), t)
-        o_BD, cache = one_token(i, True, TRANSFORMS["plain"], cache, at_B, everyone, 0.3, i["z"][:, t], i["x"][:, t])
+        o_BD, cache = one_token(i, True, RULES["plain"], cache, at_B, everyone, 0.3, i["z"][:, t], i["x"][:, t])
     assert o_BD.dtype == jnp.bfloat16
     assert cache.s_nBDF.dtype == jnp.float32
     assert np.any(np.asarray(cache.s_nBDF))

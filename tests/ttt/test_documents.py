@@ -141,9 +141,9 @@ def piece_of(leaves, tokens, chunks):
 
 
 @functools.cache
-def _two_pieces(transform, cut):
+def _two_pieces(update, cut):
     """Compiles a row run in two pieces; every row of ``case`` starts by continuing document 1."""
-    case = Case("pieces", MIXED, (1,) * 3, transform=transform)
+    case = Case("pieces", MIXED, (1,) * 3, update=update)
     along_o, along_s = cotangents(case)
 
     def pieces(leaves, segments_BT):
@@ -161,16 +161,16 @@ def _two_pieces(transform, cut):
 @pytest.mark.parametrize("name", ["one_document", "row_norm_and_clip"])
 def test_two_pieces_with_a_state_equal_one_pass(name, cut, rows):
     """In value, and in gradient through the carried state."""
-    case = Case("pieces", rows, (1,) * 3, transform=BY_NAME[name].transform)
+    case = Case("pieces", rows, (1,) * 3, update=BY_NAME[name].update)
     wanted_grads, wanted = gradients(case, "chunked")
-    grads, (o_BTD, state) = _two_pieces(case.transform, cut)(leaves_of(case), case.segments_BT)
+    grads, (o_BTD, state) = _two_pieces(case.update, cut)(leaves_of(case), case.segments_BT)
     # The same recurrence; only the plain projection runs over another number of tokens.
     assert_close(o_BTD, wanted.o_BTD, 1e-6, "o")
     assert_close(state.s_BDF, wanted.state.s_BDF, 1e-6, "state")
     assert_same(state.document_B, wanted.state.document_B)
     for leaf in grads:
         # An update at its bound does not change with eta: that gradient is what remains of terms of order 1.
-        cancels = leaf == "eta" and case.transform.bounds_delta
+        cancels = leaf == "eta" and not case.update.is_plain_sum
         assert_close(grads[leaf], wanted_grads[leaf], 1e-5, leaf, terms=1.0 if cancels else 1e-3)
 
 
@@ -186,8 +186,8 @@ class _carrying:
         return self.case.chunk_tokens
 
     @property
-    def transform(self):
-        return self.case.transform
+    def update(self):
+        return self.case.update
 
 
 def test_a_dropped_state_is_noticed():
@@ -230,7 +230,7 @@ def test_every_way_to_pack_two_chunks_of_two():
     w, s_in = rng.standard_normal((2, 3)), rng.standard_normal((rows, 2, 3))
     gates = rng.random((rows, 2))
     document_B = np.where(segments_BT[:, 0] == 1, 1, 9).astype(np.int32)  # what comes in goes on at once, or never
-    wanted, s_wanted = loop.project(z, v, w, segments_BT, 2, 0.5, gates, s_in, document_B, ttt.DeltaTransform())
+    wanted, s_wanted = loop.project(z, v, w, segments_BT, 2, 0.5, gates, s_in, document_B, ttt.UpdateRule())
     as_jax = [jnp.asarray(x, jnp.float32) for x in (z, v, w, gates, s_in)]
     output = ttt.fast_weight_projection(
         *as_jax[:3], jnp.asarray(segments_BT), chunk_tokens=2, eta=jnp.asarray(0.5), gates_BM=as_jax[3],

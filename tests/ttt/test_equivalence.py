@@ -34,7 +34,7 @@ SPECTRAL = 2e-3
 
 
 def tolerance(case):
-    return SPECTRAL if case.transform.spectral is not None else FP32
+    return SPECTRAL if case.update.spectral is not None else FP32
 
 
 @every_case
@@ -72,7 +72,7 @@ def test_rows_without_a_state_run_as_one_long_row(case):
 @every_case
 def test_gradients_equal_finite_differences_of_the_token_loop(case):
     """Neither autodiff nor JAX on the other side: central differences in float64, one direction per leaf."""
-    if case.transform.preserve_row_norm:
+    if case.update.preserve_row_norm:
         pytest.skip("row scales are constants for differentiation, by decision")
     actual, _ = gradients(case, "chunked")
     leaves = {name: np.asarray(leaf, np.float64) for name, leaf in leaves_of(case).items()}
@@ -171,10 +171,10 @@ def test_a_state_below_the_last_bit_of_w0_is_read():
     assert moved(jnp.asarray(w_DF, jnp.bfloat16)) < 0.8, "the measurement sees a W0 that was rounded before the sum"
 
 
-@pytest.mark.parametrize("transform", ["one_document", "row_norm_and_clip", "clip_and_spectral"])
+@pytest.mark.parametrize("update", ["one_document", "row_norm_and_clip", "clip_and_spectral"])
 @pytest.mark.parametrize("off", ["gates", "eta"])
-def test_switched_off_is_the_plain_projection_bit_for_bit(transform, off):
-    case = BY_NAME[transform]
+def test_switched_off_is_the_plain_projection_bit_for_bit(update, off):
+    case = BY_NAME[update]
     leaves = dict(leaves_of(case)) | {"s_in": np.zeros_like(leaves_of(case)["s_in"])}
     leaves[off] = np.zeros_like(leaves[off])
     plain = jax.jit(ttt.project)(leaves["z"], leaves["w_down"])

@@ -77,9 +77,7 @@ def compare(actual, wanted, tolerance):
 
 def compare_forward(scan: Scan) -> None:
     w_DF, eta, s_in_DF, chunks, *_ = scan.inputs()
-    wanted_DF, wanted = jax.jit(chunked.forward_scan, static_argnums=0)(
-        ttt.DeltaTransform(), w_DF, eta, s_in_DF, chunks
-    )
+    wanted_DF, wanted = jax.jit(chunked.forward_scan, static_argnums=0)(ttt.UpdateRule(), w_DF, eta, s_in_DF, chunks)
     s_end_DF, actual = kernel_scans.forward_scan(scan.kernels, w_DF, eta, s_in_DF, chunks)
     assert not interpreter.races.races_found
     assert_close(s_end_DF, wanted_DF, TOLERANCE["float32"], "state")
@@ -89,7 +87,7 @@ def compare_forward(scan: Scan) -> None:
 def compare_backward(scan: Scan, *, given: bool) -> None:
     w_DF, eta, s_in_DF, chunks, do_MCD, g_end_DF = scan.inputs()
     arguments = (w_DF, eta, 0.5 * w_DF, s_in_DF, chunks, do_MCD, g_end_DF if given else None)
-    wanted_DF, wanted = jax.jit(chunked.backward_scans, static_argnums=0)(ttt.DeltaTransform(), *arguments)
+    wanted_DF, wanted = jax.jit(chunked.backward_scans, static_argnums=0)(ttt.UpdateRule(), *arguments)
     dw_DF, actual = kernel_scans.backward_scans(scan.kernels, *arguments)
     assert not interpreter.races.races_found
     assert_close(dw_DF, wanted_DF, TOLERANCE["float32"], "W0")
@@ -187,7 +185,7 @@ def test_shipped_shapes_have_blocks_that_divide_them_and_fit(chip, shape):
 
 
 def test_what_cannot_run_is_refused_in_one_line_or_left_to_xla(monkeypatch):
-    arguments = (ttt.DeltaTransform(), 1024, (2560, 9728), 2)
+    arguments = (ttt.UpdateRule(), 1024, (2560, 9728), 2)
     with pytest.raises(UserError, match="TPUs only, not on cpu; or use"):
         api._kernels("pallas", *arguments)
     assert api._kernels("auto", *arguments) is None
@@ -195,14 +193,14 @@ def test_what_cannot_run_is_refused_in_one_line_or_left_to_xla(monkeypatch):
     for kind, said in (("TPU v4", "too little on-chip memory"), ("TPU v5", "no bounds")):
         monkeypatch.setattr(kernel_blocks, "device_kind", lambda kind=kind: kind)
         with pytest.raises(UserError, match=said):
-            api._kernels("pallas", ttt.DeltaTransform(clip=1.0), *arguments[1:])
+            api._kernels("pallas", ttt.UpdateRule(clip=1.0), *arguments[1:])
     with pytest.raises(UserError, match="smaller chunk_tokens"):
-        api._kernels("pallas", ttt.DeltaTransform(), 65536, *arguments[2:])
-    assert api._kernels("auto", ttt.DeltaTransform(), 65536, *arguments[2:]) is None
+        api._kernels("pallas", ttt.UpdateRule(), 65536, *arguments[2:])
+    assert api._kernels("auto", ttt.UpdateRule(), 65536, *arguments[2:]) is None
     assert isinstance(api._kernels("pallas", *arguments), Kernels)
     assert isinstance(api._kernels("auto", *arguments), Kernels)
-    assert api._kernels("auto", ttt.DeltaTransform(), 2048, *arguments[2:]) is None  # XLA is as fast, for all we know
-    assert api._kernels("auto", ttt.DeltaTransform(), 1024, (1024, 3072), 2) is None  # not compared
+    assert api._kernels("auto", ttt.UpdateRule(), 2048, *arguments[2:]) is None  # XLA is as fast, for all we know
+    assert api._kernels("auto", ttt.UpdateRule(), 1024, (1024, 3072), 2) is None  # not compared
     assert api._kernels("chunked", *arguments) is None
     monkeypatch.setattr(kernel_blocks, "axis_size", lambda _: 2)
     with pytest.raises(UserError, match=r"mesh.tensor=2 cuts the state"):

@@ -20,7 +20,7 @@ STATE_BYTES = D * F * 4
 FEW = 6
 
 
-def naive(z, v, w, ids, transform):
+def naive(z, v, w, ids, update):
     """The same recurrence left to autodiff, which keeps the state of every chunk."""
     layout = make_layout(ids, C)
     chunks = ids.shape[1] // C
@@ -35,16 +35,16 @@ def naive(z, v, w, ids, transform):
     return o_MCD.reshape(1, chunks * C, D)
 
 
-def chunked(z, v, w, ids, transform):
-    return ttt.fast_weight_projection(z, v, w, ids, chunk_tokens=C, eta=jnp.asarray(1.0), transform=transform).o_BTD
+def chunked(z, v, w, ids, update):
+    return ttt.fast_weight_projection(z, v, w, ids, chunk_tokens=C, eta=jnp.asarray(1.0), update=update).o_BTD
 
 
 @functools.cache
-def temporary_bytes(project, chunks, transform):
+def temporary_bytes(project, chunks, update):
     """Returns the scratch memory of the compiled value and gradient of one row."""
 
     def loss(z, v, w, ids):
-        return jnp.sum(jnp.square(project(z, v, w, ids, transform)))
+        return jnp.sum(jnp.square(project(z, v, w, ids, update)))
 
     z, v = (jax.ShapeDtypeStruct((1, chunks * C, width), jnp.float32) for width in (F, D))
     w, ids = jax.ShapeDtypeStruct((D, F), jnp.float32), jax.ShapeDtypeStruct((1, chunks * C), jnp.int32)
@@ -54,20 +54,20 @@ def temporary_bytes(project, chunks, transform):
     return analysis.temp_size_in_bytes
 
 
-def growth(project, transform):
+def growth(project, update):
     """Returns how many states of scratch memory 256 chunks need beyond 4."""
-    return (temporary_bytes(project, 256, transform) - temporary_bytes(project, 4, transform)) / STATE_BYTES
+    return (temporary_bytes(project, 256, update) - temporary_bytes(project, 4, update)) / STATE_BYTES
 
 
 @pytest.mark.parametrize(
-    "transform",
-    [ttt.DeltaTransform(), ttt.DeltaTransform(clip=1.0, preserve_row_norm=True), ttt.DeltaTransform(spectral=1.0)],
+    "update",
+    [ttt.UpdateRule(), ttt.UpdateRule(clip=1.0, preserve_row_norm=True), ttt.UpdateRule(spectral=1.0)],
     ids=["plain", "clip_row_norm", "spectral"],
 )
-def test_backward_memory_does_not_grow_with_the_number_of_chunks(transform):
-    assert growth(chunked, transform) < FEW
-    assert temporary_bytes(chunked, 4, transform) / STATE_BYTES < 3 * FEW
+def test_backward_memory_does_not_grow_with_the_number_of_chunks(update):
+    assert growth(chunked, update) < FEW
+    assert temporary_bytes(chunked, 4, update) / STATE_BYTES < 3 * FEW
 
 
 def test_autodiff_through_the_scan_would_fail_the_same_bound():
-    assert growth(naive, ttt.DeltaTransform()) > 8 * FEW
+    assert growth(naive, ttt.UpdateRule()) > 8 * FEW

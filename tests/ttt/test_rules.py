@@ -8,10 +8,16 @@ import numpy as np
 import pytest
 
 from intttrain import ttt
-from intttrain.ttt.transforms import bound_delta, row_scale, spectral_norm
+from intttrain.ttt import rules
 from tests.ttt.cases import assert_close, assert_same
+from tests.ttt.other_rules import Forgets
 
-CLIP, SPECTRAL = ttt.DeltaTransform(clip=0.5), ttt.DeltaTransform(spectral=0.5)
+spectral_norm, row_scale = jax.vmap(rules.spectral_norm), jax.vmap(rules.row_scale, (0, None))
+CLIP, SPECTRAL = ttt.UpdateRule(clip=0.5), ttt.UpdateRule(spectral=0.5)
+
+
+def bound(delta, update):
+    return jax.vmap(update.bound)(delta)
 
 
 def matrices(gap, rows=3, shape=(8, 12)):
@@ -44,7 +50,7 @@ def test_gradient_of_the_spectral_norm_is_the_outer_product_of_singular_vectors(
 @pytest.mark.parametrize("scale", [1e-12, 1e-3, 1.0, 1e3, 1e12])
 def test_bounds_hold_and_spare_what_is_within(scale):
     delta = scale * matrices(0.5)
-    clipped, shortened = bound_delta(delta, CLIP), bound_delta(delta, SPECTRAL)
+    clipped, shortened = bound(delta, CLIP), bound(delta, SPECTRAL)
     frobenius = np.linalg.norm(np.asarray(delta, np.float64), axis=(1, 2))
     assert_close(np.linalg.norm(clipped, axis=(1, 2)), np.minimum(frobenius, 0.5), 1e-5)
     assert_close(np.linalg.norm(shortened, 2, axis=(1, 2)), np.minimum(scale * np.array([1.0, 2, 3]), 0.5), 1e-4)
@@ -54,29 +60,29 @@ def test_bounds_hold_and_spare_what_is_within(scale):
 
 
 def test_both_bounds_hold_together():
-    both = ttt.DeltaTransform(clip=0.6, spectral=0.5)
-    bounded = np.asarray(bound_delta(matrices(0.9), both))
+    both = ttt.UpdateRule(clip=0.6, spectral=0.5)
+    bounded = np.asarray(bound(matrices(0.9), both))
     assert np.all(np.linalg.norm(bounded, axis=(1, 2)) <= 0.6 + 1e-5)
     assert np.all(np.linalg.norm(bounded, 2, axis=(1, 2)) <= 0.5 + 1e-4)
 
 
-@pytest.mark.parametrize("transform", [CLIP, SPECTRAL, ttt.DeltaTransform(clip=0.5, spectral=0.5)])
-def test_an_update_of_zero_stays_zero_with_a_finite_gradient(transform):
+@pytest.mark.parametrize("update", [CLIP, SPECTRAL, ttt.UpdateRule(clip=0.5, spectral=0.5)])
+def test_an_update_of_zero_stays_zero_with_a_finite_gradient(update):
     zero = jnp.zeros((2, 8, 12))
-    value, pull = jax.vjp(lambda x: bound_delta(x, transform), zero)
+    value, pull = jax.vjp(lambda x: bound(x, update), zero)
     assert_same(value, 0.0)
     (gradient,) = pull(jnp.ones_like(zero))
-    assert_same(gradient, 1.0)  # inside the bound the transform is the identity
+    assert_same(gradient, 1.0)  # inside the bound the update is the identity
 
 
-@pytest.mark.parametrize("transform", [CLIP, SPECTRAL, ttt.DeltaTransform(preserve_row_norm=True)])
-def test_a_row_that_writes_nothing_trains_with_bounds(transform):
+@pytest.mark.parametrize("update", [CLIP, SPECTRAL, ttt.UpdateRule(preserve_row_norm=True)])
+def test_a_row_that_writes_nothing_trains_with_bounds(update):
     """Fresh initialisation: every target is zero, and gradients of everything are finite."""
 
     def total(v, w):
         output = ttt.fast_weight_projection(
             jnp.ones((1, 8, 3)), v, w, jnp.ones((1, 8), jnp.int32), chunk_tokens=2, eta=jnp.asarray(1.0),
-            transform=transform,
+            update=update,
         )  # fmt: skip
         return jnp.sum(jnp.square(output.o_BTD))
 
@@ -95,8 +101,9 @@ def test_row_scale_keeps_the_row_norms_of_w0():
     assert_same(jax.grad(lambda s: jnp.sum(row_scale(s, w)))(s), 0.0)
 
 
-def test_equal_transforms_are_one_static_argument():
-    assert ttt.DeltaTransform(clip=0.5) == CLIP
-    assert hash(ttt.DeltaTransform(clip=0.5)) == hash(CLIP)
-    assert CLIP.bounds_delta
-    assert not ttt.DeltaTransform(preserve_row_norm=True).bounds_delta
+def test_equal_rules_are_one_static_argument():
+    assert ttt.UpdateRule(clip=0.5) == CLIP
+    assert hash(ttt.UpdateRule(clip=0.5)) == hash(CLIP)
+    assert not CLIP.is_plain_sum
+    assert ttt.UpdateRule(preserve_row_norm=True).is_plain_sum
+    assert Forgets(1.0) != ttt.UpdateRule(), "a rule of another class is another rule"
