@@ -303,8 +303,8 @@ def _lost_by_g(
 
     @jax.named_scope(MIXED_SCOPE)
     def unread(dw_DF: Array) -> Array:
-        dw_DF = lost(dw_DF) if update.keeps_everything else dw_DF
         unread_CD = _weighted(_chunk_at(do_MCD, at), 1.0 - chunk.reads_MC)
+        dw_DF = lost(dw_DF) if update.keeps_everything else dw_DF
         return dw_DF + _matmul("cd,cf->df", unread_CD, _chunk_at(z_MCF, at))
 
     dw_DF = sums.dw_DF if update.keeps_everything else lost(sums.dw_DF)

@@ -71,7 +71,8 @@ def test_an_inclusive_scan_is_caught(monkeypatch):
     matrix = chunked._read_matrix
 
     def after_writing(w, s, chunk):
-        return matrix(w, s + chunked._raw_delta(chunk, jnp.asarray(0.3)), chunk)
+        written = ttt.UpdateRule().delta(chunk.v_MCD, chunk.z_MCF, chunk.writes_MC, jnp.asarray(0.3))
+        return matrix(w, s + written, chunk)
 
     monkeypatch.setattr(chunked, "_read_matrix", after_writing)
     with pytest.raises(AssertionError, match="error"):
@@ -135,18 +136,20 @@ def test_a_backward_pass_without_its_suffix_scan_is_caught(monkeypatch):
             compare_finite_differences(case, name, gradients)
 
 
-def test_a_gradient_of_w0_without_the_documents_that_ended_is_caught(monkeypatch):
-    """Where the state is dropped, what its readers wanted of W0 must not be dropped with it."""
-    monkeypatch.setattr(chunked, "_ended_documents", lambda sums, *chunk: sums.dw_DF)
-    compare_values(CASE)
-    gradients, _ = run(CASE)
+@pytest.mark.parametrize("case", [CASE, dataclasses.replace(BY_NAME["forgets"], rows=((16,), (16,), (16,)))])
+def test_a_gradient_of_w0_without_what_the_state_lost_is_caught(case, monkeypatch):
+    """Where a document ends or the rule forgets, what the readers wanted of W0 must not be lost with the state."""
+    monkeypatch.setattr(chunked, "_lost_by_g", lambda update, sums, *chunk: sums.dw_DF)
+    compare_values(case)
+    gradients, _ = run(case)
+    compare_finite_differences(case, "z", gradients)
     with pytest.raises(AssertionError, match="error"):
-        compare_finite_differences(CASE, "w_down", gradients)
+        compare_finite_differences(case, "w_down", gradients)
 
 
 def test_a_gate_or_eta_that_is_ignored_is_caught(monkeypatch):
-    raw = chunked._raw_delta
-    monkeypatch.setattr(chunked, "_raw_delta", lambda chunk, eta: raw(chunk, jnp.ones_like(eta)))
+    delta = ttt.UpdateRule.delta
+    monkeypatch.setattr(ttt.UpdateRule, "delta", lambda *arguments: delta(*arguments[:-1], jnp.asarray(1.0)))
     with pytest.raises(AssertionError, match="error"):
         compare_values(CASE)
 
