@@ -10,6 +10,7 @@ import socket
 from pathlib import Path
 
 import jax
+import pytest
 
 from intttrain.config.errors import RESTART_STATUS
 from intttrain.logs.metrics import METRICS_FILE, read_metrics
@@ -81,6 +82,7 @@ def test_a_workdir_that_cannot_be_made_ends_all_with_the_same_line(world: World,
         assert run.error_line(0) == run.error_line(1) == f"error: Not a directory: {tmp_path / 'file' / 'run'}"
 
 
+@pytest.mark.slow
 def test_one_process_is_slow_then_asked_to_stop_and_later_killed(world: World, tmp_path: Path) -> None:
     workdir = tmp_path / "run"
     flags = ("--config.train.num_steps=1000000", "--config.train.checkpoint.every_steps=1000000")
