@@ -58,8 +58,12 @@ def test_a_row_of_128k_tokens_over_eight_devices_trains_stops_and_goes_on(tmp_pa
     assert checksums(straight, 4) == checksums(stopped, 4), "to the bit"
 
     intttrain(tmp_path, "train", f"--workdir={whole}", "--stop_at_step=2", devices=1)
+    # A CPU adds the 131,072 losses of a row one after the other, in fp32. Where losses take few values its rounding is
+    # always to the same side: 1.2e-4 of a sum of four values, by float64, and less in the shorter pieces of a shard.
     for step in (1, 2):
-        np.testing.assert_allclose(losses(straight)[step], losses(whole)[step], rtol=2e-5)
+        (loss, norm), (wanted_loss, wanted_norm) = losses(straight)[step], losses(whole)[step]
+        np.testing.assert_allclose(loss, wanted_loss, rtol=2e-4)
+        np.testing.assert_allclose(norm, wanted_norm, rtol=2e-6)  # no such sum
 
     files = {devices: tmp_path / f"{devices}.json" for devices in (1, 8)}
     for devices, file in files.items():
