@@ -42,7 +42,7 @@ class Pullback:
         if found != self.residuals:
             raise RuntimeError(
                 f"jax {jax.__version__} keeps {_shown(found)} for the backward pass of a layer where it kept "
-                f"{_shown(self.residuals)} of the same layer before; intttrain/model/residuals.py needs both to be equal"
+                f"{_shown(self.residuals)} of the same layer before; residuals.py needs both to be equal"
             )
 
     def __call__(self, arguments: Tree, residuals: list[jax.Array], cotangent: Tree) -> tuple[Tree, ...]:

@@ -168,7 +168,7 @@ def _layer_forward(block: Block, shared: Tree, state: tuple[Tree, _Room], inputs
     return (after, room.put(at, carry, residuals)), output
 
 
-# --- backward: the same, from the last layer to the first -----------------------------------------------------------------
+# --- backward: the same, from the last layer to the first -------------------------------------------------------------
 
 
 def _backward(
@@ -207,9 +207,9 @@ def _layer_backward(room: _Room, shared: Tree, state: tuple[Tree, Tree], inputs:
     """Pulls the gradient back through one layer."""
     (dcarry, dshared), (layer, ttt, at) = state, inputs
     # Under remat a layer is computed again here, from inputs that are there long before its turn. XLA would begin that
-    # for a TTT layer while the dense layers behind it still run, and hold z, gate, up and v meanwhile: 1.6 to 2.0 GiB for
-    # Qwen3-4B on v5p, at the same step time (decision 0008). Passing them through a barrier together with the gradient
-    # that comes in makes the work wait for its turn.
+    # for a TTT layer while the dense layers behind it still run, and hold z, gate, up and v meanwhile: 1.6 to 2.0 GiB
+    # for Qwen3-4B on v5p, at the same step time (``docs/decisions/0008``). A barrier over them and the gradient that
+    # comes in makes the work wait for its turn.
     dcarry, ttt, at = jax.lax.optimization_barrier((dcarry, ttt, at))
     carry, residuals = room.take(at)
     dcarry, more, dlayer, dttt = room.pullback((carry, shared, layer, ttt), residuals, dcarry)

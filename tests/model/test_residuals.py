@@ -1,4 +1,4 @@
-"""What JAX keeps of a layer comes apart into arguments and residuals, and a form that is not the expected one is refused."""
+"""What JAX keeps of a layer comes apart into arguments and residuals; a form that is not expected is refused."""
 
 from __future__ import annotations
 
