@@ -17,6 +17,7 @@ from typing import Any
 import jax
 
 Tree = Any
+Residual = Any  # an array, traced or not; constants of a layer come as arrays of other types
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # compared by identity: JAX compares these whenever it compares pytrees
@@ -33,7 +34,7 @@ class Pullback:
     argument_of: tuple[int | None, ...]
     residuals: tuple[jax.ShapeDtypeStruct, ...]
 
-    def check(self, residuals: list[jax.Array]) -> None:
+    def check(self, residuals: list[Residual]) -> None:
         """Raises ``RuntimeError`` when another trace of the layer kept other arrays than this recipe expects.
 
         Values of one layer would otherwise be read as another array of the same shape: a wrong gradient, in silence.
@@ -45,7 +46,7 @@ class Pullback:
                 f"{_shown(self.residuals)} of the same layer before; residuals.py needs both to be equal"
             )
 
-    def __call__(self, arguments: Tree, residuals: list[jax.Array], cotangent: Tree) -> tuple[Tree, ...]:
+    def __call__(self, arguments: Tree, residuals: list[Residual], cotangent: Tree) -> tuple[Tree, ...]:
         """Returns the gradients of the arguments, given these and the residuals of one layer."""
         given, rest = jax.tree.leaves(arguments), iter(residuals)
         leaves = [next(rest) if number is None else given[number] for number in self.argument_of]
@@ -53,7 +54,7 @@ class Pullback:
         return gradients
 
 
-def split_residuals(pull: Any, arguments: Tree) -> tuple[Pullback, list[jax.Array]]:
+def split_residuals(pull: Any, arguments: Tree) -> tuple[Pullback, list[Residual]]:
     """Returns the recipe of ``pull`` and the arrays that it holds beside the ``arguments`` it was made with."""
     leaves, structure = jax.tree.flatten(pull)
     number_of = {id(leaf): number for number, leaf in enumerate(jax.tree.leaves(arguments))}

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from intttrain.layout.scan import scan
 from intttrain.model.layer_groups import Group, Run, group_inputs, join, run_inputs, scan_layers, unfold
-from intttrain.model.residuals import Pullback, split_residuals
+from intttrain.model.residuals import Pullback, Residual, split_residuals
 
 Tree = Any
 # block(carry, shared, layer inputs, TTT inputs or None) -> carry, TTT outputs (without gradient) or None
@@ -83,17 +83,17 @@ class _Room:
     """
 
     carries: Tree
-    residuals: list[jax.Array]
+    residuals: list[Residual]
     pullback: Pullback
 
-    def put(self, at: jax.Array, carry: Tree, residuals: list[jax.Array]) -> _Room:
+    def put(self, at: jax.Array, carry: Tree, residuals: list[Residual]) -> _Room:
         """Returns the buffers with what layer number ``at`` keeps written into its place."""
         self.pullback.check(residuals)
         write = functools.partial(jax.lax.dynamic_update_index_in_dim, index=at, axis=0)
         carries, stacked = jax.tree.map(write, (self.carries, self.residuals), (carry, residuals))
         return _Room(carries, stacked, self.pullback)
 
-    def take(self, at: jax.Array) -> tuple[Tree, list[jax.Array]]:
+    def take(self, at: jax.Array) -> tuple[Tree, list[Residual]]:
         """Returns the carry that came into layer number ``at``, and its residuals."""
         read = functools.partial(jax.lax.dynamic_index_in_dim, index=at, keepdims=False)
         carry, residuals = jax.tree.map(read, (self.carries, self.residuals))
@@ -104,7 +104,7 @@ def _empty_room(block: Block, run: Run, repeats: int, carry: Tree, shared: Tree,
     """Returns the buffers of a run, not written yet; the layer is traced once, for the shapes of what it keeps."""
     found: list[Pullback] = []
 
-    def residuals_of(*arguments: Tree) -> list[jax.Array]:
+    def residuals_of(*arguments: Tree) -> list[Residual]:
         _, pull, _ = jax.vjp(block, *arguments, has_aux=True)
         pullback, residuals = split_residuals(pull, arguments)
         found.append(pullback)
