@@ -1,11 +1,11 @@
 """Measures the efficiencies of ``scan_cost.py``: ``python -m tests.benchmarks.profile_scans --chip=v5p``.
 
-Needs libtpu, no TPU, and minutes; see ``profile_kernels.py``. Each of the kernels of the fast-weight scans is compiled
-alone, for one device, in the blocks that training would take. The profile counts nothing under a condition of run-time
-values, so the usual way through a chunk (whole, inside one document) stands without its condition. What a kernel does
-once per chunk is counted by a second profile in which it is done in every step: ``plain + (all - plain) / steps``. Not
-counted: the copy of a tile of the state before the first chunk and after the last, G handed over where a document
-begins, and waiting for main memory, which does not limit any of these.
+Needs libtpu, no TPU, and minutes; see ``profile_attention.py``. Each of the kernels of the fast-weight scans is
+compiled alone, for one device, in the blocks that training would take. The profile counts nothing under a condition of
+run-time values, so the usual way through a chunk (whole, inside one document) stands without its condition. What a
+kernel does once per chunk is counted by a second profile in which it is done in every step: ``plain + (all - plain) /
+steps``. Not counted: the copy of a tile of the state before the first chunk and after the last, G handed over where a
+document begins, and waiting for main memory, which does not limit any of these.
 """
 
 from __future__ import annotations
