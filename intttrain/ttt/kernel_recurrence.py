@@ -19,8 +19,8 @@ Both are one program (``_recurrence``). They differ in the side from which they 
 z, a factor of the update, in the prefix scan with something else. The suffix scan is in ``kernel_suffix.py``.
 
 Letters: T tokens of all chunks, C tokens per chunk, M chunks, D model width, F feed-forward width; X the dim that a
-read sums over, Y the other one, along which the state is cut: F and D forward, D and F in the prefix scan. A ref ending
-in ``_hbm`` is an array in main memory, every other one a block in on-chip memory.
+read sums over, Y the other one and the one along which the state is cut (forward X is F and Y is D; in the prefix scan
+it is the other way round). A ref ending in ``_hbm`` is an array in main memory, every other one a block on chip.
 """
 
 from __future__ import annotations
