@@ -217,6 +217,30 @@ def test_code_named_in_a_page_exists(page):
             assert name in defined_names(found[0]), f"{page.name} names {path}::{name}, which does not exist"
 
 
+def files_named(text: str) -> Iterator[tuple[str, str]]:
+    """(path, name or "") of ``ttt/api.py::project``, ``docs/method.md`` and ``docs/decisions/0008`` in code."""
+    yield from re.findall(r"``?((?:\w+/)+[\w-]+\.(?:py|md|sh))(?:::([\w.]+))?``?", text)
+    yield from ((f"{path}*", "") for path in re.findall(r"docs/decisions/\d{4}", text))
+    yield from ((path, "") for path in re.findall(r"\bdocs/[a-z_]+\.md\b", text))
+
+
+def missing_files(text: str) -> list[str]:
+    missing = []
+    for path, name in files_named(text):
+        found = [file for root in (REPO / "intttrain", REPO) for file in root.glob(path)]
+        if not found or (name and name not in defined_names(found[0])):
+            missing.append(f"{path}::{name}" if name else path)
+    return missing
+
+
+def test_files_named_in_the_source_exist():
+    sources = [path for folder in ("intttrain", "configs", "launch") for path in (REPO / folder).rglob("*.py")]
+    wrong = {str(path.relative_to(REPO)): missing for path in sources if (missing := missing_files(path.read_text()))}
+    assert not wrong
+    planted = "see ``core/config.py``, `ttt/api.py::projekt`, docs/no_page.md, docs/decisions/9999; not `ttt/api.py`"
+    assert len(missing_files(planted)) == 4
+
+
 def test_the_index_names_every_page():
     index = (DOCS / "README.md").read_text()
     absent = [page.name for page in DOCS.glob("*.md") if page.name != "README.md" and f"({page.name})" not in index]

@@ -1,7 +1,8 @@
 """Multiplies with stored weights: gathers them before the product, and sums their gradients over devices after it.
 
 A weight is stored fp32, each device holding a piece (``layout/sharding.py``). Every product with one goes through this
-module, with a backward pass of our own, for three reasons (``docs/decisions/0005``):
+module, but for the fast weight's (``ttt/shards.py``), with a backward pass of our own, for three reasons
+(``docs/decisions/0005``):
 
 - It casts the piece first and gathers then, so that bf16 travels, half the bytes of fp32.
 - It gathers again for the backward pass instead of keeping the whole weight between the two.

@@ -112,8 +112,8 @@ def _empty_room(block: Block, run: Run, repeats: int, carry: Tree, shared: Tree,
 
     first_layer = jax.tree.map(lambda x: x[0], (layers, ttts))
     shapes = carry, jax.eval_shape(residuals_of, carry, shared, *first_layer)
-    stacks = jax.tree.map(lambda x: jax.lax.empty((repeats * run.length, *x.shape), x.dtype), shapes)
-    return _Room(*stacks, found[0])
+    carries, stacked = jax.tree.map(lambda x: jax.lax.empty((repeats * run.length, *x.shape), x.dtype), shapes)
+    return _Room(carries, stacked, found[0])
 
 
 def _places(run: Run, repetition: jax.Array) -> jax.Array:

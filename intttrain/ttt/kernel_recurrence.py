@@ -113,8 +113,8 @@ def forward(
     arrays = (z_TF, v_TD, masks_T2, w0_DF, s_in_DF)
     o_TD, delta_square, state_square, s_end_DF = _recurrence(scalars, arrays, blocks, machine, forward=True)
     # Every tile has found the part of its rows, and repeats it over a register (8 x 128).
-    sums = (jnp.sum(square[:, :, 0, 0], axis=0) for square in (delta_square, state_square))
-    return Forward(o_TD, *sums, s_end_DF)
+    delta_M, state_M = (jnp.sum(square[:, :, 0, 0], axis=0) for square in (delta_square, state_square))
+    return Forward(o_TD, delta_M, state_M, s_end_DF)
 
 
 def prefix(
