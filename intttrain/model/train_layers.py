@@ -130,6 +130,7 @@ def _forward(
     """Returns what ``apply_layers`` does, and what the backward pass needs: the rooms of each group, and all inputs."""
     all_rooms, outputs = [], []
     for group, layers, ttts in group_inputs(groups, layer_inputs, ttt_inputs):
+        # The layers of the first repetition, for their shapes.
         first = run_inputs(group.runs, *jax.tree.map(lambda x: x[0], (layers, ttts)))
         rooms = [
             _empty_room(block, run, group.repeats, carry, shared, *inputs)
@@ -177,7 +178,7 @@ def _backward(
     """Returns the gradients of the carry, the shared values, and the inputs of layers and of TTT layers."""
     del block  # its gradient is in the rooms
     all_rooms, shared, layer_inputs, ttt_inputs = kept
-    dcarry, _ = cotangents
+    dcarry, _ = cotangents  # TTT outputs are reports without a gradient
     dshared = jax.tree.map(lambda x: jnp.zeros_like(x) if _differentiable(x) else None, shared)
     parts = []
     per_group = list(zip(group_inputs(groups, layer_inputs, ttt_inputs), all_rooms, strict=True))

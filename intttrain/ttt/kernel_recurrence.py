@@ -150,6 +150,7 @@ def _recurrence(
     moving = pl.BlockSpec((chunk_tokens, blocks.columns), lambda tile, chunk, block, *_: (chunk, block))
     own = pl.BlockSpec((chunk_tokens, tile), lambda tile, chunk, block, *_: (chunk, tile))
     mask = pl.BlockSpec((chunk_tokens, 2), lambda tile, chunk, block, *_: (chunk, 0))
+    # One number per tile and chunk fills a whole register, the smallest block that a kernel can write.
     square = pl.BlockSpec((1, 1, 8, LANES), lambda tile, chunk, block, *_: (tile, chunk, 0, 0))
     in_main_memory = pl.BlockSpec(memory_space=pl.ANY)
     squares = jax.ShapeDtypeStruct((grid[0], chunks, 8, LANES), jnp.float32)
@@ -162,6 +163,7 @@ def _recurrence(
             in_specs=[*(moving for _ in moving_TX), own, mask, in_main_memory, in_main_memory],
             out_specs=[own, *([square, square, in_main_memory] if forward else [])],
             scratch_shapes=[
+                # What stays on chip, in the order in which the bodies receive it: W0, S, y_sum, masked_y, square_sums.
                 pltpu.VMEM(state, jnp.float32),
                 pltpu.VMEM(state, jnp.float32),
                 pltpu.VMEM((chunk_tokens, tile), jnp.float32),
@@ -175,7 +177,7 @@ def _recurrence(
             *([squares, squares, jax.ShapeDtypeStruct(s_in_DF.shape, jnp.float32)] if forward else []),
         ],
         compiler_params=parts.compiler_params(machine),
-        # Every tile reads what moves along X anew.
+        # x is read anew for every tile.
         cost_estimate=parts.cost(
             4 * tokens * rows * columns, [*arrays, *moving_TX[1:], s_in_DF], reread=(x_TX, grid[0])
         ),
@@ -247,6 +249,7 @@ def _recurrence_body(refs: _Refs, *, forward: bool) -> None:
 
     @parts.once((chunk == 0) & (block == 0))
     def load() -> None:
+        # Both copies run at the same time.
         w0 = parts.tile_copy(refs.w0_hbm, refs.w0, refs.semaphores.at[0], forward, tile)
         state = parts.tile_copy(refs.s_in_hbm, refs.s, refs.semaphores.at[1], forward, tile)
         w0.start()
@@ -256,10 +259,12 @@ def _recurrence_body(refs: _Refs, *, forward: bool) -> None:
 
     @parts.once(block == 0)
     def begin_chunk() -> None:
+        # A token that does not write gets a zero factor, so its part of the update is zero.
         refs.masked_y[...] = (refs.factor_y[...].astype(jnp.float32) * refs.masks[:, 1:]).astype(refs.masked_y.dtype)
         for ref in (refs.y_sum, *refs.square_sums):
             ref[...] = jnp.zeros_like(ref)
 
+    # Whole chunks take one product with W0 + S, mixed ones two products.
     one, two = (functools.partial(_read_and_write, refs, chunk, block, forward, mixed) for mixed in (False, True))
     parts.either(refs.scalars[_MIXED, chunk] == 0, one, two)
 

@@ -64,6 +64,7 @@ def backward_scans(
     scalars = _scalars(eta, chunks)
     dz_TF = prefix(scalars, do_TD, v_TD, z_TF, masks_T2, w_DF, s_in_DF, kernels.prefix, kernels.machine)
 
+    # The suffix scan, group by group from the last one.
     g_start_DF = empty_state(*kernels.shape) if g_end_DF is None else wide.matrix(g_end_DF)
     groups = _groups(chunks.reads_MC.shape[0])
     split = jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:]), (chunks, do_MCD))
@@ -113,6 +114,7 @@ def _suffix_of_group(
         wide.rows(chunks.z_MCF), wide.rows(chunks.v_MCD), wide.rows(do_MCD), dz_TF,
         wide.masks(marks.joins_MC, chunks.writes_MC), g_DF, dw_DF, kernels.suffix, kernels.cores, kernels.machine,
     )  # fmt: skip
+    # The rate is not in this product yet: the gradient of a shut gate, whose rate is 0, is not 0.
     gz_MCD = chunks.writes_MC[..., None] * wide.cut_rows(found.dv_TD, do_MCD.shape[-1])
     inner_M = jnp.sum(chunks.v_MCD.astype(jnp.float32) * gz_MCD, axis=(1, 2))
     dv_MCD = (rate_M[:, None, None] * gz_MCD).astype(chunks.v_MCD.dtype)

@@ -7,6 +7,8 @@ Tiles are columns of G, and chunks pass from the last to the first; for the toke
     dz_t  += rate mu_t G^T v_t                           rate = eta times the gate of the chunk
     G     <- keep G + sum_t a_t do_t z_t^T
 
+keep is 1 or 0. There is no product with it: where it is 0, G is handed over and begins anew (``stack_scalars``).
+
 Letters: T tokens of all chunks, M chunks, D model width, F feed-forward width, c cores. A ref ending in ``_hbm`` is an
 array in main memory, every other one a block in on-chip memory.
 """
@@ -203,17 +205,20 @@ def _suffix_body(
 
     @parts.once(block == 0)
     def begin_chunk() -> None:
+        # Before anything of this chunk is added, or handed over: its tokens wrote into the state that G belongs to.
         read_ref[...] = g_ref[...].astype(dtype)
 
     @parts.once((block == 0) & (scalars_ref[_BEFORE, chunk] > 0))
     def hand_over_before() -> None:
         hand_over()
 
+    # The two gradients through the update that this chunk wrote.
     dv = parts.dot(z_ref[...], read_ref[...], 1, 1)
     dv_ref[0] = dv + dv_in_refs[0][0] if adds else dv
     weights = scalars_ref[_RATE, chunk] * masks_ref[:, 1:]
     dz = dz_in_ref[...].astype(jnp.float32) + weights * parts.dot(v_ref[...], read_ref[...], 1, 0)
     dz_ref[...] = dz.astype(dtype)
+    # The gradient of the state through the reads of this chunk.
     do = (do_ref[...].astype(jnp.float32) * masks_ref[:, :1]).astype(dtype)
     g_ref[...] += parts.dot(do, z_ref[...], 0, 0)
 
