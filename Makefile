@@ -33,7 +33,8 @@ full   := $(VENV)/.installed-full
 log    := $(VENV)/pip.log
 newest := .venv-newest
 # Where a new release of another project is felt first.
-touching := tests/interop tests/data tests/train/test_checkpoint*.py tests/evals/test_harness.py tests/app/test_bucket.py
+touching := tests/interop tests/data tests/train/test_checkpoint*.py tests/evals/test_harness.py tests/app/test_bucket.py \
+            tests/model/test_residuals.py
 # A variable, because a comma would end the argument of $(call).
 everything := '.[code,dev,gcs,harness,hf,ruler,tf,tpu,wandb]'
 

@@ -186,6 +186,56 @@ def test_environment_and_process_index_are_read_in_pod_only():
     report(problems, "Environment variables and the process index belong to intttrain/pod: pass what was decided.")
 
 
+# Where no public name tells what is asked, with what is asked. A release of JAX may break these.
+PRIVATE_NAMES = {
+    "intttrain/pod/coordination.py": "the key-value store and the barrier of the coordination service",
+    "tests/pod/test_distributed.py": "whether a backend was started",
+    "tests/test_architecture.py": "whether a backend was started",
+    "tests/ttt/test_kernel.py": "whether the interpreter of the kernels met a race",
+}
+
+
+def private_names(tree: ast.Module) -> Iterator[str]:
+    """Modules and attributes of JAX, imported or inside a program that stands in a string, that begin with _."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield from re.findall(r"^(?:from|import) (jax(?:lib)?\._\S+)", node.value, flags=re.MULTILINE)
+            continue
+        if isinstance(node, ast.ImportFrom):
+            found = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        elif isinstance(node, ast.Attribute):
+            found = [ast.unparse(node)]
+        else:
+            continue
+        yield from (name for name in found if re.match(r"jax(lib)?\.([\w.]*\.)?_[a-z]", name))
+
+
+def test_private_names_of_jax_are_touched_in_one_module_of_pod():
+    touching = {name_of(path) for path in sources("intttrain", "tests") if any(private_names(parsed(path)))}
+    rule = "Use public names of JAX, or list the file in PRIVATE_NAMES with what it needs."
+    report(sorted(touching ^ PRIVATE_NAMES.keys()), rule)
+    ours = [name for name in PRIVATE_NAMES if name.startswith("intttrain/")]
+    assert all(name.startswith("intttrain/pod/") for name in ours), "CONTRIBUTING.md: only in pod/"
+
+
+@pytest.mark.parametrize(
+    ("code", "caught"),
+    [
+        ("from jax._src.distributed import global_state", True),
+        ("import jax._src.core", True),
+        ("jax._src.core.Tracer", True),
+        ("from jax.experimental import _private", True),
+        ('program = """\nfrom jax._src import xla_bridge\n"""', True),
+        ("from jax.experimental import pallas", False),
+        ("from flax._x import y", False),
+    ],
+)
+def test_the_check_of_private_names_can_fail(code, caught):
+    assert any(private_names(ast.parse(code))) is caught
+
+
 # --- imports -------------------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,8 @@ import fnmatch
 import functools
 import re
 import shlex
-from collections.abc import Iterator
+import tomllib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -216,6 +217,30 @@ def test_code_named_in_a_page_exists(page):
             assert name in defined_names(found[0]), f"{page.name} names {path}::{name}, which does not exist"
 
 
+def files_named(text: str) -> Iterator[tuple[str, str]]:
+    """(path, name or "") of ``ttt/api.py::project``, ``docs/method.md`` and ``docs/decisions/0008`` in code."""
+    yield from re.findall(r"``?((?:\w+/)+[\w-]+\.(?:py|md|sh))(?:::([\w.]+))?``?", text)
+    yield from ((f"{path}*", "") for path in re.findall(r"docs/decisions/\d{4}", text))
+    yield from ((path, "") for path in re.findall(r"\bdocs/[a-z_]+\.md\b", text))
+
+
+def missing_files(text: str) -> list[str]:
+    missing = []
+    for path, name in files_named(text):
+        found = [file for root in (REPO / "intttrain", REPO) for file in root.glob(path)]
+        if not found or (name and name not in defined_names(found[0])):
+            missing.append(f"{path}::{name}" if name else path)
+    return missing
+
+
+def test_files_named_in_the_source_exist():
+    sources = [path for folder in ("intttrain", "configs", "launch") for path in (REPO / folder).rglob("*.py")]
+    wrong = {str(path.relative_to(REPO)): missing for path in sources if (missing := missing_files(path.read_text()))}
+    assert not wrong
+    planted = "see ``core/config.py``, `ttt/api.py::projekt`, docs/no_page.md, docs/decisions/9999; not `ttt/api.py`"
+    assert len(missing_files(planted)) == 4
+
+
 def test_the_index_names_every_page():
     index = (DOCS / "README.md").read_text()
     absent = [page.name for page in DOCS.glob("*.md") if page.name != "README.md" and f"({page.name})" not in index]
@@ -225,6 +250,85 @@ def test_the_index_names_every_page():
 def test_pages_are_short():
     lines = {page.name: len(page.read_text().splitlines()) for page in DOCS.glob("*.md") if page.name not in GROWING}
     assert not {name: count for name, count in lines.items() if count > MAX_PAGE_LINES}
+
+
+# --- layers, libraries, letters ------------------------------------------------------------------------------------
+
+README, CONTRIBUTING = ((REPO / name).read_text() for name in ("README.md", "CONTRIBUTING.md"))
+PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())
+CONTRACTS = {contract["id"]: contract for contract in PROJECT["tool"]["importlinter"]["contracts"]}
+
+
+def section(text: str, heading: str) -> str:
+    found = re.search(rf"^## {heading}$.*?(?=^## |\Z)", text, flags=re.MULTILINE | re.DOTALL)
+    assert found is not None, heading
+    return found.group()
+
+
+def in_layers(lines: Iterable[str]) -> list[frozenset[str]]:
+    return [frozenset(line.replace(" ", "").split("|")) for line in lines]
+
+
+def test_the_layers_of_the_pages_are_those_of_the_contract():
+    wanted = in_layers(layer for layer in CONTRACTS["layers"]["layers"] if not layer.startswith("("))
+    sentence = re.search(r"Imports only go down this list of layers: (.*?)\. \[", README, flags=re.DOTALL)
+    assert sentence is not None
+    assert in_layers(re.findall(r"`([^`]+)`", sentence.group(1))) == wanted, "README.md"
+    lines = re.findall(r"^    (\S.*?)(?:  .*)?$", section(CONTRIBUTING, "Layers"), flags=re.MULTILINE)
+    assert in_layers(lines) == wanted, "CONTRIBUTING.md"
+    tree = re.search(r"^intttrain/\n(.*?)^\w", section(README, "What is where"), flags=re.MULTILINE | re.DOTALL)
+    assert tree is not None
+    folders = re.findall(r"^  (\w+)/", tree.group(1), flags=re.MULTILINE)
+    assert sorted(folders) == sorted(frozenset().union(*wanted)), "the tree of README.md"
+
+
+def test_the_home_of_every_library_is_that_of_the_contracts():
+    rows = re.findall(r"^\| ([^|]*) \| (`[^|]*`) \|$", section(CONTRIBUTING, "Layers"), flags=re.MULTILINE)
+    homes = {word: home for libraries, home in rows for word in re.findall(r"\w+", libraries)}
+    for contract in CONTRACTS.values():
+        for line in contract.get("ignore_imports", ()):
+            home, library = line.split(" -> ")
+            path = home.removeprefix("intttrain.").replace(".**", "/").replace(".", "/")
+            assert path.removesuffix("/") in homes[library], f"{library}: CONTRIBUTING.md says {homes[library]}"
+
+
+def test_the_readme_names_every_extra():
+    named = re.search(r"with extras (.*?)\. An", README, flags=re.DOTALL)
+    assert named is not None
+    extras = PROJECT["project"]["optional-dependencies"]
+    assert set(re.findall(r"`(\w+)`", named.group(1))) == extras.keys()
+
+
+# What every explanation of a letter in these folders says.
+ROOMS = ("ttt", "model", "train", "interop")
+MEANINGS = {
+    "B": "row", "C": "per chunk", "D": "width", "F": "feed-forward", "H": "head", "K": "key/value", "L": "layer",
+    "M": "chunks", "N": "heads", "T": "token", "V": "vocabulary", "W": "taps",
+}  # fmt: skip
+OTHER_MEANINGS = {("model/decode.py", "M"): "pieces"}
+
+
+def letters_of(path: Path) -> dict[str, str]:
+    """The legend of a module: ``Letters: B row, T tokens, M = T / C chunks; ...`` up to the end of its paragraph."""
+    legend = re.search(r"Letters: (.*?)(?:\n\n|\Z)", ast.get_docstring(ast.parse(path.read_text())) or "", re.DOTALL)
+    if legend is None:
+        return {}
+    entries = re.split(r"[,;.]\s+", re.sub(r"\s+", " ", legend.group(1)))
+    return dict(entry.rstrip(".").split(" ", 1) for entry in entries if re.match(r"[A-Z] ", entry))
+
+
+def test_a_letter_means_the_same_in_the_whole_core():
+    table = dict(re.findall(r"\| ([A-Z]) \| ([^|]+?) (?=\|)", section(CONTRIBUTING, "Names")))
+    assert table.keys() == MEANINGS.keys()
+    assert all(MEANINGS[letter] in meaning for letter, meaning in table.items())
+    seen = set()
+    for path in (path for room in ROOMS for path in sorted((REPO / "intttrain" / room).rglob("*.py"))):
+        name = str(path.relative_to(REPO / "intttrain"))
+        for letter, meaning in letters_of(path).items():
+            wanted = OTHER_MEANINGS.get((name, letter), MEANINGS.get(letter, meaning))
+            seen.add(letter)
+            assert wanted in meaning, f"{name}: {letter} is {meaning}, CONTRIBUTING.md says {table[letter]}"
+    assert table.keys() <= seen
 
 
 # --- command lines -------------------------------------------------------------------------------------------------

@@ -1,22 +1,26 @@
 """Evaluations.
 
-positions       held-out loss by position in the document  evaluate_positions
-ngram           unigram and bigram baselines               count_ngrams, evaluate_ngrams
+positions/      held-out loss by position in the document
+  losses        sums by document and bucket                evaluate_positions
+  context       the same tokens after more and more text
+  ngram         unigram and bigram baselines               count_ngrams, evaluate_ngrams
+  report        JSON, table and figure                     make_report, PositionReport
+  evaluate      all of it for one run                      evaluate_run
+gating/         which chunks should be written
+  documents     documents read under gates                 GatedDocuments
+  oracles       gate decisions made with the loss in view  enumerate_decisions, rollout, first_order, greedy
+  metrics       a rule beside controls and oracles         score_bases, score_controls, measure_rule
+  study         all rules of a run                         study_gates
+  report        JSON and tables                            make_gating_report
+  figure        its pictures (loads matplotlib)            plot_gating
+ruler/          RULER: samples, answers, scores            prepare_ruler, evaluate_ruler
+code/           HumanEval, with a sandbox for its programs evaluate_code
+harness         tasks of lm-evaluation-harness             Respondent, register_model
 bootstrap       intervals over documents                   bootstrap_level, bootstrap_difference
 tables          estimates as JSON and as lines of a table
-report          JSON, table and figure of losses           make_report, PositionReport
-evaluate        all of it for one run                      evaluate_run
-gated           documents read under gates                 GatedDocuments
-gating_study    all rules beside controls and oracles      study_gates
-oracles         gate decisions made with the loss in view  enumerate_decisions, rollout, first_order, greedy
-gating_metrics  a rule beside controls and oracles         score_bases, score_controls, measure_rule
-gating_report   JSON and tables of a gating study          make_gating_report
-gating_figure   its pictures (loads matplotlib)            plot_gating
+batches         rows of documents as batches
 completion      text from a trained model                  Complete, Completer
 answers         answers on disk, to go on after a stop     AnswerFile
-ruler           RULER: samples, answers, scores            prepare_ruler, evaluate_ruler
-harness         tasks of lm-evaluation-harness             Respondent, register_model
-code            HumanEval, with a sandbox for its programs evaluate_code
 """
 
 from intttrain.evals.answers import AnswerFile

@@ -3,7 +3,7 @@
 ``dense_attention`` forms all T x S scores; ``banded_attention`` cuts a sliding window into blocks and forms only the
 band, so time and memory grow with T * window. ``context_attention.py`` chooses among them and the TPU kernels.
 
-Letters: B row, T query tokens, S key tokens, D model width, N query heads, K key/value heads, H head dim, W window.
+Letters: B row, T query tokens, S key tokens, D model width, N query heads, K key/value heads, H head dim, Y window.
 """
 
 from __future__ import annotations
@@ -112,14 +112,14 @@ def banded_attention(
         padded = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
         return padded.reshape(rows, blocks, window, *x.shape[2:])
 
-    def with_previous(x_BJW: jax.Array) -> jax.Array:
+    def with_previous(x_BJY: jax.Array) -> jax.Array:
         """Joins each block with the one before it; the first has zeros there, masked below."""
-        before = jnp.pad(x_BJW[:, :-1], ((0, 0), (1, 0)) + ((0, 0),) * (x_BJW.ndim - 2))
-        return jnp.concatenate([before, x_BJW], axis=2).reshape(rows * blocks, 2 * window, *x_BJW.shape[3:])
+        before = jnp.pad(x_BJY[:, :-1], ((0, 0), (1, 0)) + ((0, 0),) * (x_BJY.ndim - 2))
+        return jnp.concatenate([before, x_BJY], axis=2).reshape(rows * blocks, 2 * window, *x_BJY.shape[3:])
 
-    segments_BJW = in_blocks(segment_ids_BT + 1)  # 0 is then outside the row
-    own = segments_BJW.reshape(rows * blocks, window)
-    seen = with_previous(segments_BJW)
+    segments_BJY = in_blocks(segment_ids_BT + 1)  # 0 is then outside the row
+    own = segments_BJY.reshape(rows * blocks, window)
+    seen = with_previous(segments_BJY)
     distance = window + jnp.arange(window)[:, None] - jnp.arange(2 * window)[None, :]
     mask = ((distance >= 0) & (distance < window))[None] & (own[:, :, None] == seen[:, None, :])
     q_blocks = in_blocks(q_BTNH).reshape(rows * blocks, window, heads, head_dim)

@@ -1,4 +1,4 @@
-"""Prices the kernels of the fast-weight scans (``ttt/kernel.py``): stated FLOPs over a measured efficiency.
+"""Prices the kernels of the fast-weight scans: the FLOPs that they state over an efficiency from static profiles.
 
 All chunks count as whole ones, as everywhere in plans: those in which documents begin take longer.
 """

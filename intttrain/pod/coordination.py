@@ -1,6 +1,9 @@
-"""The key-value store that process 0 keeps for all. Needs no device and no collective.
+"""Lets processes exchange small documents and wait for each other through the key-value store that process 0 keeps.
 
-It is that of JAX's coordination service, which JAX reaches by a private name; this is the only place that does.
+Unlike a collective this needs no device, so it works while devices are busy, hang, or are not there yet.
+
+The store is that of JAX's coordination service. JAX has no public name for it: ``global_state`` is private, and no
+other module of the package touches a private name of JAX (``tests/test_architecture.py`` checks it).
 """
 
 from __future__ import annotations
@@ -17,12 +20,15 @@ from jax._src.distributed import global_state
 from intttrain.config.errors import PassingError, passes
 from intttrain.pod.distributed import process_count, process_index
 
-_sessions = itertools.count()
+_sessions = itertools.count()  # of stores; all processes open theirs in the same order, so the n-th is the same for all
 
 
 @runtime_checkable  # tests check types at calls
 class KeyValueStore(Protocol):
-    """Documents by folder and number of the process that wrote them; no two parts of the program share a folder.
+    """A place for small documents that all processes of a run can read.
+
+    A document is found by its folder and the number of the process that wrote it. No two parts of the program share a
+    folder.
 
     Attributes:
       index: number of this process.
@@ -33,20 +39,22 @@ class KeyValueStore(Protocol):
     count: int
 
     def put(self, folder: str, document: Mapping[str, Any]) -> None:
-        """Writes this process's document, over an earlier one."""
+        """Writes this process's document into ``folder``, over its earlier one."""
 
     def get(self, folder: str, index: int, timeout_s: float) -> dict[str, Any]:
-        """Waits for a document of process ``index``. Raises ``TimeoutError``."""
+        """Returns the document of process ``index``, once it is there; raises ``TimeoutError`` after ``timeout_s``."""
 
     def all(self, folder: str) -> dict[int, dict[str, Any]]:
-        """Returns the documents that are there."""
+        """Returns the documents of a folder that are there, by number of the process."""
 
 
 class _CoordinationService:
+    """The store of JAX's coordination service."""
+
     def __init__(self) -> None:
         self.index, self.count = global_state.process_id, global_state.num_processes
         self._client: Any = global_state.client
-        # Processes open the same stores in the same order; what an earlier one held is not seen.
+        # A new folder for each store, so that nobody reads what an earlier one of this run left.
         self._root = f"intttrain/{next(_sessions)}"
 
     def put(self, folder: str, document: Mapping[str, Any]) -> None:
@@ -68,7 +76,10 @@ class _CoordinationService:
 
 
 def open_key_value_store() -> KeyValueStore | None:
-    """Returns a new, empty store, ``None`` for a process that is alone; all processes open the same ones in order."""
+    """Returns a new, empty store, ``None`` for a process that is alone.
+
+    All processes must open the same stores in the same order: that is how the n-th of one is the n-th of all.
+    """
     return _CoordinationService() if global_state.client is not None and global_state.num_processes > 1 else None
 
 
@@ -77,34 +88,48 @@ def coordinator_address() -> str | None:
     return global_state.coordinator_address
 
 
-PASSES, STAYS = "p", "s"  # before the line of a failure
+# First letter of a published failure: whether its reason passes by itself (``config/errors.py::passes``) or stays.
+PASSES, STAYS = "p", "s"
 
-_barriers = itertools.count()  # all processes make theirs in the same order
+_barriers = itertools.count()  # all processes make theirs in the same order, as with stores
 
 
 class FailingBarrier:
-    """Lets processes go on when all of them have come, or raises on all of them when one comes because it failed.
+    """A barrier for Orbax that raises on all processes when one of them comes to it because it failed.
 
-    A process that comes while an exception is on its way out of its thread has failed. Orbax's own barriers have names
-    for their places: a process whose part of a save fails waits at another place than the others, ten minutes long.
-    Here the n-th call of one process meets the n-th of the others, wherever they are.
+    Saving a checkpoint, Orbax lets processes wait for each other in several places, and gives each place a name. A
+    process whose part of the save fails waits at another place than the others, and so all of them wait for ten
+    minutes. Here names do not count: the n-th call of one process meets the n-th call of the others, wherever each of
+    them is.
+
+    How a call knows that its process failed: Orbax calls it while the exception is being handled, and
+    ``sys.exception()`` tells which one that is. The failing process publishes it before it waits, so the others find it
+    when the wait is over.
     """
 
     def __init__(self) -> None:
         self._name = f"intttrain/barrier/{next(_barriers)}"
         self._number = 0
-        self._told = False  # whether all know of the exception that is on its way out
+        self._told = False  # whether the others know of the exception that is being handled here
 
     def __call__(self, *, key: str, timeout_ms: int) -> None:
-        """Waits for the others; ``key`` says where, for nobody.
+        """Waits until all processes have come.
+
+        A process that failed comes once more, to tell. Its later calls, while it handles the same exception, return at
+        once: the others have raised and come no more.
+
+        Args:
+          key: Orbax's name of the place; not used.
+          timeout_ms: longest time to wait.
 
         Raises:
-          RuntimeError: one of them failed.
-          PassingError: one of them failed, for a reason that passes.
+          RuntimeError: another process failed.
+          PassingError: another process failed, for a reason that passes by itself.
         """
         if process_count() == 1:
             return
-        # Somebody who handles an exception may well save, in the main thread.
+        # Orbax saves in threads of its own. In the main thread an exception means nothing: a handler of one, such as
+        # that of an interrupt, may well save.
         error = None if threading.current_thread() is threading.main_thread() else sys.exception()
         if error is None:
             self._told = False

@@ -1,4 +1,8 @@
-"""Process 0 decides for all who is lost and whether the run goes on. Only its own clock counts, and what it sees."""
+"""Lets process 0 decide for all processes who is lost or failed, and with which line and status the run ends.
+
+One process decides, by its own clock and by what it has seen: clocks of different hosts are never compared, and all
+processes report the same cause.
+"""
 
 from __future__ import annotations
 
@@ -10,22 +14,22 @@ from intttrain.config.errors import FINAL_STATUSES, RESTART_STATUS
 from intttrain.pod.coordination import KeyValueStore
 from intttrain.pod.preflight import describe_processes
 
-TRAINING, FINISHED = "training", "finished"  # phases that mean something here
+TRAINING, FINISHED = "training", "finished"  # of the phases in beats, those that the rules know; others are only shown
 AGAIN = "start the same command on all hosts again: it goes on from the newest checkpoint"
 
-Documents = Mapping[int, Mapping[str, Any]]
+Documents = Mapping[int, Mapping[str, Any]]  # by number of the process that wrote them
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """Why the run ends.
+    """The end of a run, as process 0 sees it.
 
     Attributes:
-      together: every process failed by itself and may end as it would alone.
-      lost: processes that ended without a word or stand still.
-      failed: processes that said so.
-      line: for people.
-      status: with which the processes end that did not fail by themselves.
+      together: whether every process reported a failure of its own; each may then end as it would alone.
+      lost: numbers of processes that ended without a word, or whose beats stopped.
+      failed: numbers of processes that reported a failure.
+      line: the cause, for people.
+      status: exit status of the processes that did not fail by themselves.
     """
 
     together: bool
@@ -36,22 +40,27 @@ class Verdict:
 
 
 class Judge:
-    """Looks at what processes publish: ``beat`` (host, step, phase, count), ``failure`` (step, kind, line, status).
+    """Reaches the verdict from what processes write into the store.
 
-    A failure waits ``settle_s``: what one process did to all shows within that time, and the beats of a process that
-    is gone have stopped for as long. Without a failure, a process is lost when its beats stop for ``silence_s``,
-    whatever it does: they come from a thread of their own, which needs nothing but Python's lock.
+    They write two kinds of document: ``beat`` (host, step, phase, count) all the time, and ``failure`` (step, kind,
+    line, status) once, when an error or a hang ends them.
+
+    - No failure: a process is lost when its beats stop for ``silence_s``, whatever it was doing. Beats come from a
+      thread of their own that needs nothing but Python's lock, so a long compilation does not stop them.
+    - A failure: the verdict waits for ``settle_s``. The first error to arrive is often not the cause: when a process is
+      killed, the collectives of all others fail. After that time they have reported it, and the process that neither
+      reports nor beats is the one that is lost.
     """
 
     def __init__(
         self, store: KeyValueStore, *, settle_s: float, silence_s: float, clock: Callable[[], float]
     ) -> None:  # fmt: skip
         self._store, self._settle_s, self._silence_s, self._clock = store, settle_s, silence_s, clock
-        self._changed: dict[int, tuple[Mapping[str, Any], float]] = {}  # the last beat and when it was new
-        self._first_failure: float | None = None
+        self._changed: dict[int, tuple[Mapping[str, Any], float]] = {}  # last beat, and when this process first saw it
+        self._first_failure: float | None = None  # when one was first seen
 
     def decide(self) -> Verdict | None:
-        """Returns the verdict, ``None`` while the run goes on or nothing is certain; to be called at every beat."""
+        """Returns the verdict, ``None`` while the run goes on or its cause is not certain; called at every beat."""
         now, failures, beats = self._clock(), self._store.all("failure"), self._store.all("beat")
         for index, beat in beats.items():
             if index not in self._changed or self._changed[index][0] != beat:
@@ -75,6 +84,10 @@ class Judge:
         return self._verdict(lost, failures, beats)
 
     def _verdict(self, lost: list[int], failures: Documents, beats: Documents) -> Verdict:
+        """Names the cause: a lost process before a hanging one, a hanging one before an error.
+
+        A loss explains hangs and errors of the others, and a hang explains their errors.
+        """
         hosts = {index: beat["host"] for index, beat in beats.items()}
         status = RESTART_STATUS
         if lost:
@@ -83,7 +96,7 @@ class Judge:
         elif hanging := [index for index, failure in failures.items() if failure["kind"] == "hang"]:
             line = f"{failures[min(hanging)]['line']}; {_standing(beats, hosts)}"
         else:
-            # What starting again cannot mend comes first: an error of the others may be what it did to them.
+            # Of several errors, one that a restart cannot mend is the cause: the others may be what it did to them.
             index = min(failures, key=lambda index: (failures[index]["status"] not in FINAL_STATUSES, index))
             if failures[index]["status"] in FINAL_STATUSES:
                 status = failures[index]["status"]
@@ -97,7 +110,7 @@ class Judge:
 
 
 def _standing(beats: Documents, hosts: Mapping[int, str]) -> str:
-    """Returns where everybody is: ``process 0 (host a) training after step 7, process 1 (host b) ...``."""
+    """Returns where every process is: ``process 0 (host a) training after step 7, process 1 (host b) ...``."""
     places: dict[tuple[int, str], list[int]] = {}
     for index, beat in beats.items():
         places.setdefault((beat["step"], beat["phase"]), []).append(index)

@@ -1,17 +1,23 @@
-"""Ends a process whose run lost another one, or stands still, with one line that says why, instead of waiting forever.
+"""Ends every process of a run when one of them is lost or hangs, each with one line that says what happened.
+
+Without it the others would wait in a collective for ever: a collective needs all processes, and has no time limit.
 
     what happens                                 who notices
-    a process fails by itself                    it says so; the others, waiting in a collective, are told by process 0
-    a process is killed                          collectives of the others fail, or process 0 misses its beats
-    a process does not get on (a device hangs)   every process for itself, when nothing finishes within the limit
-    process 0 is killed                          JAX's client, which aborts the others; they say a last word
+    a process raises an error                    that process; process 0 tells the others, which wait in a collective
+    a process is killed                          process 0, which misses its beats; the others, whose collectives fail
+    a device hangs                               every process by itself, when no step finishes within the limit
+    process 0 is killed                          JAX's client, which aborts the others; each prints a last line
     process 0 does not answer                    the others, whose beats get no answer
 
-Each process has two threads. One writes beats into the key-value store of process 0 and asks for its verdict; it may
-have to wait for the network. The other one looks at clocks and waits for nobody.
+A beat is a small document (host, step, phase, count) that each process writes every two seconds into the key-value
+store that process 0 keeps. From beats and failures process 0 reaches a verdict for all (``verdict.py``), so that all of
+them print the same reason and end with the same status.
 
-Time in which the process itself did not run (Ctrl-Z, a closed lid, a virtual machine that moves to another host) counts
-neither for it nor, on process 0, for the others; it is told when the process runs again.
+Each process has two threads. ``_talk`` writes beats and asks for the verdict; it may have to wait for the network. That
+is why ``_watch``, which looks at the clocks and can end the process, is another thread and waits for nobody.
+
+Time in which a process did not run at all (Ctrl-Z, a closed lid, a virtual machine that moves to another host) is not
+counted against it nor, on process 0, against the others; a warning says how long it was.
 """
 
 from __future__ import annotations
@@ -37,22 +43,25 @@ from intttrain.pod.distributed import heartbeat_timeout_seconds
 from intttrain.pod.preflight import describe_processes
 from intttrain.pod.verdict import AGAIN, FINISHED, TRAINING, Judge, Verdict
 
-LONG_PHASE = 6  # times the limit: starting, compiling, saving, evaluating
+LONG_PHASE = 6  # the limit of everything that is no step (starting, compiling, saving, evaluating), in limits of a step
 
-_PROBE_SECONDS = 2
-_TOLD_S = 5.0  # a process that stood still for longer says so
+_PROBE_SECONDS = 2  # for a connection to process 0, to see whether it is there
+_TOLD_S = 5.0  # a process that did not run for longer than this says so
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """In seconds.
+    """Intervals and limits, in seconds.
 
     Attributes:
-      beat_s: between two beats.
-      look_s: between two looks at the clocks, and at the store while a run ends.
-      settle_s: from a failure to the verdict, for others to fail too and for beats to stop.
-      silence_s: without beats until a process is lost; JAX's heartbeats abort all of them later.
-      linger_s: that process 0, which keeps the store, stays for the others at most.
+      beat_s: interval between two beats.
+      look_s: interval between two looks at the clocks, and at the store while a run ends.
+      settle_s: time from the first failure to the verdict. What one process did to the others shows within it, and the
+        beats of a process that is gone have stopped.
+      silence_s: time without a beat after which a process is lost. Shorter than JAX's own heartbeat time-out, at which
+        JAX aborts all processes.
+      linger_s: longest time that process 0 stays when the run ends; the store, in which the others read why, goes with
+        it.
     """
 
     beat_s: float = 2.0
@@ -63,10 +72,14 @@ class Timing:
 
 
 class RunningTime:
-    """A clock, in seconds, that stands still while this process does; called several times a second.
+    """A clock, in seconds, that stands still while this process does not run; to be called several times a second.
 
     Args:
-      most_s: between two calls; whatever is beyond was no time of this process.
+      most_s: longest interval between two calls that is believed. The rest of a longer one is time in which this
+        process did not run, for its threads call more often than that.
+
+    Attributes:
+      stood_still_s: how long the process did not run, in all.
     """
 
     def __init__(self, most_s: float) -> None:
@@ -74,7 +87,7 @@ class RunningTime:
         self.stood_still_s = 0.0
 
     def __call__(self) -> float:
-        """Returns the time."""
+        """Returns the seconds in which this process ran, from an arbitrary start."""
         with self._lock:
             now = monotonic()
             self.stood_still_s += max(0.0, now - self._last - self._most_s)
@@ -84,13 +97,19 @@ class RunningTime:
 
 @dataclasses.dataclass(frozen=True)
 class _Progress:
+    """The last complete step, what the process does now (``TRAINING`` or for example "saving"), and since when."""
+
     step: int
     phase: str
     since: float
 
 
 class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
-    """Watches the block; all processes of a run enter and leave it together."""
+    """Watches the block of a ``with`` statement, which all processes of a run enter and leave together.
+
+    The program reports progress by ``beat`` and ``enter``. An error that leaves the block, or ``guard``, is a failure
+    of this process, of which the others hear. The block is left when all processes have come to its end.
+    """
 
     def __init__(
         self, limit_s: int | None, store: KeyValueStore | None, *, timing: Timing | None = None,
@@ -99,10 +118,11 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
         """Starts nothing yet.
 
         Args:
-          limit_s: for one step; ``LONG_PHASE`` times as much for everything else. ``None`` sets no limit.
-          store: of this block alone; ``None`` for a process that is alone.
-          timing: for tests.
-          leave: ends the process with a status. Not ``sys.exit``, at which JAX waits for all processes.
+          limit_s: longest time for one step; ``LONG_PHASE`` times as much for everything else. ``None`` sets no limit.
+          store: a key-value store that nothing else uses; ``None`` for a process that is alone.
+          timing: shorter intervals for tests.
+          leave: ends the process at once with a status. It cannot be ``sys.exit``: that runs JAX's exit handler, which
+            waits for all processes, the lost one included.
         """
         self._limit_s, self._store, self._leave = limit_s, store, leave
         self._timing = timing or Timing()
@@ -122,20 +142,20 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
         self._ending = threading.Lock()
         self._cleanup = contextlib.ExitStack()
 
-    # --- what the program says ---------------------------------------------------------------------------------------
+    # --- called by the program ---------------------------------------------------------------------------------------
 
     def beat(self, step: int) -> None:
-        """Says that ``step`` is complete."""
+        """Notes that ``step`` is complete and the next one begins."""
         self._progress = _Progress(step, TRAINING, self._clock())
 
     def enter(self, phase: str) -> None:
-        """Says that something begins that may take longer than a step; the next ``beat`` ends it."""
+        """Notes that something begins that may take longer than a step; the next ``beat`` ends it."""
         self._progress = _Progress(self._progress.step, phase, self._clock())
 
     def end(self, error: UserError) -> NoReturn:
-        """Ends all processes with the line and status of an error of process 0, from any of its threads.
+        """Ends all processes at once, with the line and status of an error that process 0 met in any of its threads.
 
-        It does so at once: nothing is saved or closed.
+        Nothing is saved or closed.
         """
         if self._store is not None:
             self._verdict = Verdict(False, [], [self._store.index], str(error), error.status)
@@ -145,7 +165,10 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
 
     @contextlib.contextmanager
     def guard(self) -> Iterator[None]:
-        """Treats an exception of the block before anything around it waits for other processes while it is closed."""
+        """Reports an exception of the block at once, before it leaves the ``with`` statements around the block.
+
+        Closing those, a checkpointer for one, may wait for the other processes, which do not know of the failure yet.
+        """
         try:
             yield
         except BaseException as error:
@@ -174,9 +197,11 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
         self._cleanup.close()
 
     def _wait_for_others(self, store: KeyValueStore) -> None:
-        """Returns when all have finished: JAX aborts every process when one comes to its end 300 s after another.
+        """Waits until all processes have finished.
 
-        Meanwhile the threads go on, so a process that fails or is lost now ends the others as at any other time.
+        JAX lets a process that exits wait for the others, and aborts all of them when they are more than 300 s apart.
+        Here nobody exits before all can. The two threads go on meanwhile, so a process that fails or is lost now ends
+        the others as at any other time.
         """
         while self._verdict is None:
             with contextlib.suppress(RuntimeError, TimeoutError):
@@ -187,15 +212,15 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
                     store.put("all finished", {})
                     return
             sleep(self._timing.look_s)
-        self._stopped.wait()  # for the other thread, which ends the process
+        self._stopped.wait()  # there is a verdict, and the thread that watches ends the process
 
     # --- the two threads ---------------------------------------------------------------------------------------------
 
     def _talk(self) -> None:
-        """Writes beats and asks for the verdict until the block ends; the last beat says so."""
+        """Writes beats and asks for the verdict until the block ends; the last beat has the phase ``FINISHED``."""
         while True:
             last = self._stopped.is_set()
-            with contextlib.suppress(RuntimeError, TimeoutError):  # process 0 is gone or slow: see _watch
+            with contextlib.suppress(RuntimeError, TimeoutError):  # process 0 is gone or slow; ``look`` counts how long
                 self._exchange()
                 self._answered = self._clock()
             if last:
@@ -204,6 +229,7 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
             self._wake.clear()
 
     def _exchange(self) -> None:
+        """Writes what this process has to say, decides if it is process 0, and reads the verdict if there is one."""
         assert self._store is not None
         self._beats += 1
         now = self._progress
@@ -219,11 +245,12 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
             self._decided.set()
 
     def _watch(self) -> None:
+        """Looks at the clocks until the block ends."""
         while not self._stopped.wait(self._timing.look_s):
             self.look()
 
     def look(self) -> None:
-        """Ends the process if there is a reason to; what a thread does several times a second."""
+        """Ends the process if it hangs, if there is a verdict, or if process 0 is silent; called all the time."""
         time_s, now = self._clock(), self._progress
         limit_s = self._limit(now.phase)
         quiet_s = time_s - self._answered
@@ -231,7 +258,7 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
         if limit_s is not None and time_s - now.since > limit_s:
             self._end_hanging(f"nothing finished for {limit_s} s while {now.phase} after step {now.step}")
         elif self._failure is not None:
-            return  # the main thread is about to end the process
+            return  # the main thread waits in ``_fail`` for the verdict and ends the process
         elif self._verdict is not None:
             self._end(f"{self._verdict.line}{self._stood_still()}", self._verdict.status)
         elif self._store is not None and quiet_s > self._timing.silence_s:
@@ -239,27 +266,33 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
             self._end(line, RESTART_STATUS)
 
     def _tell_of_standing_still(self) -> None:
-        """Says once for each time that the process did not run."""
+        """Warns after each time in which the process did not run."""
         still_s, self._told_still_s = self._clock.stood_still_s - self._told_still_s, self._clock.stood_still_s
         if still_s > _TOLD_S:
             others = ", if the others still wait" if self._store is not None else ""
             say(f"warning: this process stood still for {still_s:.0f} s, or its machine did; it goes on{others}")
 
     def _stood_still(self) -> str:
-        """Returns why the others may have given this process up."""
-        self._clock()  # which may be the first to notice
+        """Returns a remark that this process did not run for a while, for which the others may have given it up."""
+        self._clock()  # this call may be the one that notices
         still_s = self._clock.stood_still_s
         return f" (this process itself stood still for {still_s:.0f} s)" if still_s > _TOLD_S else ""
 
     def _limit(self, phase: str) -> int | None:
-        if self._limit_s is None or phase == FINISHED:  # and waiting for the others, who have limits of their own
+        """Returns the longest time that a phase may take."""
+        if self._limit_s is None or phase == FINISHED:  # who has finished waits for others, which have limits
             return None
         return self._limit_s if phase == TRAINING else LONG_PHASE * self._limit_s
 
     # --- ends --------------------------------------------------------------------------------------------------------
 
     def _fail(self, error: BaseException) -> None:
-        """Returns if the exception is that of all processes, which then end normally; else ends this one."""
+        """Reports an exception and acts on the verdict: returns if every process failed by itself, else ends this one.
+
+        When all fail alike, for example on a wrong setting, each may end as it would alone. Otherwise the line that
+        this process prints is its own error if it is the cause, and the verdict if its error is what a lost process did
+        to it.
+        """
         if self._store is None or self._failure is not None:
             return
         explained = explain_exit(error)
@@ -275,6 +308,7 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
         self._end(f"{verdict.line} (here: {line}){self._stood_still()}", verdict.status)
 
     def _end_hanging(self, line: str) -> None:
+        """Prints where every thread of this process is, then ends it as a failure of which the others hear."""
         index = self._store.index if self._store is not None else 0
         who = describe_processes([index], {index: self._host})
         say(f"watchdog: {who}: {line}; all threads:")
@@ -285,9 +319,14 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
             self._end(self._wait_for_verdict("hang", line, RESTART_STATUS).line, RESTART_STATUS)
 
     def _first(self) -> str:
+        """Returns process 0 and its host, for people."""
         return describe_processes([0], {0: self._first_host})
 
     def _wait_for_verdict(self, kind: str, line: str, status: int) -> Verdict:
+        """Publishes a failure (``kind`` "error" or "hang") and returns the verdict.
+
+        Without an answer in twice the time that a verdict takes, process 0 is the one that is lost.
+        """
         step = self._progress.step
         self._failure = {"host": self._host, "step": step, "kind": kind, "line": line, "status": status}
         self._wake.set()
@@ -295,7 +334,7 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
         return self._verdict or Verdict(False, [0], [], f"{self._first()} does not answer; {AGAIN}", RESTART_STATUS)
 
     def _end(self, line: str, status: int) -> NoReturn:
-        """Prints the line and ends the process; process 0 stays until the others have done so."""
+        """Prints the line and ends the process; process 0 stays until the others have read the verdict and ended."""
         with self._ending:
             say(f"error: {line}")
             if self._store is not None:
@@ -304,9 +343,10 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
                 farewell.join(self._timing.linger_s if self._store.index == 0 else self._timing.beat_s)
             finish_streams()
             self._leave(status)
-        raise SystemExit(status)  # where tests replace `leave`
+        raise SystemExit(status)  # reached only where tests replace ``leave``
 
     def _part(self, store: KeyValueStore) -> None:
+        """Says that this process ends; process 0 then waits for the same of all others that are not lost."""
         with contextlib.suppress(RuntimeError):
             store.put("ended", {})
             while store.index == 0:
@@ -316,7 +356,10 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
                 sleep(self._timing.look_s)
 
     def _say_who_aborted(self) -> None:
-        """Ends with one line if it is process 0 that is gone; anything else remains an abort."""
+        """Ends the process with one line if process 0 is gone; any other abort takes its course.
+
+        The sign of it is that nothing listens at the address of process 0.
+        """
         host, _, port = (coordinator_address() or "").rpartition(":")
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_SECONDS).close()
@@ -327,16 +370,19 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
 
 
 def _finished(store: KeyValueStore) -> set[int]:
+    """Returns the numbers of the processes whose last beat says that they have finished."""
     return {index for index, beat in store.all("beat").items() if beat["phase"] == FINISHED}
 
 
 @contextlib.contextmanager
 def before_abort(action: Callable[[], None]) -> Iterator[None]:
-    """Calls ``action`` before ``abort()``, with which JAX's client ends a process when process 0 is gone.
+    """Calls ``action`` when something in the block aborts the process, in the thread that aborts.
 
-    It runs in the thread that aborts; the process then ends as it would have, unless the action ends it.
+    JAX's client, in C++, calls ``abort()`` when process 0 is gone. Unless the action ends the process, the abort goes
+    on afterwards.
 
-    Python's own handlers run in the main thread, later: too late for this signal, hence the one of the C library.
+    The handler is set through the C library: Python would run one of its own in the main thread, after the C code
+    returns, and ``abort()`` does not return.
     """
     libc = ctypes.CDLL(None)
     libc.signal.restype, libc.signal.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)

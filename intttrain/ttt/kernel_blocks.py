@@ -1,6 +1,10 @@
-"""Which shapes the kernels can run, and in which blocks: what lies in on-chip memory, by name and in bytes.
+"""Chooses the blocks in which the TPU kernels run, and says which shapes, chips and settings they cannot run.
 
-Letters: C tokens per chunk, D model width, F feed-forward width, P the dim along which the state is cut, E the other.
+Larger blocks are faster, and what fits is a matter of on-chip memory. The two ledgers list what lies there, by name and
+in bytes.
+
+Letters: C tokens per chunk, D model width, F feed-forward width; X and Y as in ``kernel_recurrence.py``: the state is
+cut along Y.
 """
 
 from __future__ import annotations
@@ -12,25 +16,35 @@ from typing import NamedTuple
 
 from intttrain.layout import hardware
 from intttrain.layout.sharding import axis_size, device_kind, platform
-from intttrain.ttt.kernel import HANDED_ROWS, LANES, Machine, RecurrenceBlocks, SuffixBlocks
+from intttrain.ttt.kernel_parts import LANES, Machine
+from intttrain.ttt.kernel_recurrence import RecurrenceBlocks
+from intttrain.ttt.kernel_suffix import HANDED_ROWS, SuffixBlocks
 from intttrain.ttt.rules import UpdateRule
 
-TOKEN_MULTIPLE = 16  # rows of a bf16 register; chunks are padded to it
+TOKEN_MULTIPLE = 16  # rows of a bf16 register; chunks are padded to a multiple of it
 
-# MiB of on-chip memory of one TensorCore that a kernel may use, by chip: what libtpu 0.0.52 names when it refuses a
-# larger one, less what it keeps for itself. A v4 has 16 MiB, too little.
+# MiB of on-chip memory of one TensorCore that a kernel may use, by chip: the limit that libtpu 0.0.52 names when it
+# refuses a kernel that is too large, less what it keeps for itself. A v4 has 16 MiB, which is too little.
 VMEM_MIB: Mapping[str, float] = types.MappingProxyType({"v5p": 63.9, "v5e": 127.9, "v6e": 127.9, "tpu7x": 63.9})
 
-_ENOUGH_TOKENS = 256  # in a product: with fewer the matrix units wait for their weights
+_ENOUGH_TOKENS = 256  # in one product of the suffix scan: with fewer the matrix units wait for their weights
 
-# Where ``auto`` takes the kernels: chip, D, F -> tokens of a chunk up to which they are known to plan faster than XLA
-# (``docs/kernels.md``); the longer a chunk, the less it matters that XLA moves the whole state for each. In thousands
-# of cycles per chunk of 1024, kernels and XLA: v5p forward 397 and 468, prefix 398 and 469, suffix 590 and 767.
+# (chip, D, F) -> the longest chunk, in tokens, for which the kernels are known to plan faster than XLA; ``auto`` takes
+# them up to there and XLA elsewhere. The longer a chunk, the less it costs that XLA moves the whole state for each.
+# Predicted, in thousands of cycles per chunk of 1024 tokens, kernels and XLA: forward 397 and 468, prefix 398 and 469,
+# suffix 590 and 767 (``docs/kernels.md``).
 _FASTER_UP_TO: Mapping[tuple[str, int, int], int] = types.MappingProxyType({("v5p", 2560, 9728): 1024})
 
 
 class Kernels(NamedTuple):
-    """How the three scans run, static: the machine, its TensorCores, and blocks; D and F are padded to ``shape``."""
+    """How the three scans run on one device; static, so a jitted function may close over it.
+
+    Attributes:
+      machine: what the kernels are compiled for.
+      cores: TensorCores of a device.
+      shape: D and F, padded to whole registers.
+      forward, prefix, suffix: the blocks of each scan.
+    """
 
     machine: Machine
     cores: int
@@ -41,7 +55,7 @@ class Kernels(NamedTuple):
 
 
 def supports(update: UpdateRule) -> str:
-    """Returns why the kernels cannot run here, whatever the shapes, or ``""``."""
+    """Returns the reason why the kernels cannot run here whatever the shapes, ``""`` if there is none."""
     if platform() != "tpu":
         return f"they run on TPUs only, not on {platform()}"
     if hardware.chip(device_kind()).name not in VMEM_MIB:
@@ -54,7 +68,7 @@ def supports(update: UpdateRule) -> str:
 
 
 def choose_kernels(chunk_tokens: int, width: int, d_ff: int, itemsize: int) -> Kernels | str:
-    """Returns the kernels for these shapes on the devices of this program, or which of them does not fit.
+    """Returns how the kernels run for these shapes on the devices of this program, or the reason why they do not fit.
 
     Args:
       chunk_tokens, width, d_ff: C, D, F; padded to what registers hold.
@@ -65,12 +79,12 @@ def choose_kernels(chunk_tokens: int, width: int, d_ff: int, itemsize: int) -> K
 
 
 def pays(chunk_tokens: int, width: int, d_ff: int) -> bool:
-    """Whether ``auto`` takes the kernels for these shapes on the devices of this program."""
+    """Tells whether the kernels are known to plan faster than XLA for these shapes on the devices of this program."""
     return chunk_tokens <= _FASTER_UP_TO.get((hardware.chip(device_kind()).name, width, d_ff), 0)
 
 
 def fitting(chip: str, cores: int, chunk_tokens: int, width: int, d_ff: int, itemsize: int) -> Kernels | str:
-    """Returns for one kind of chip what ``choose_kernels`` does."""
+    """Returns what ``choose_kernels`` does, for a named chip with so many TensorCores per device."""
     tokens, width, d_ff = padded(chunk_tokens, TOKEN_MULTIPLE), padded(width, LANES), padded(d_ff, LANES)
     vmem = int(VMEM_MIB[chip] * 2**20)
 
@@ -99,7 +113,7 @@ def fitting(chip: str, cores: int, chunk_tokens: int, width: int, d_ff: int, ite
 
 
 def padded(size: int, multiple: int) -> int:
-    """Returns the next multiple."""
+    """Returns ``size`` rounded up to a multiple."""
     return -(-size // multiple) * multiple
 
 
@@ -112,14 +126,17 @@ def _divisors(size: int, multiple: int) -> list[int]:
 
 
 def _tiles(size: int, cores: int) -> list[int]:
-    """Widths of tiles of which every core gets as many."""
+    """Returns the widths of tiles that give every core the same number of them."""
     return [n for n in _divisors(size, LANES) if size // n % cores == 0]
 
 
 def recurrence_ledger(
     blocks: RecurrenceBlocks, tokens: int, columns: int, itemsize: int, *, forward: bool
 ) -> dict[str, int]:
-    """Returns the bytes of on-chip memory of ``kernel.recurrence`` with ``columns`` = E, by what lies there."""
+    """Returns what lies in on-chip memory in the forward or the prefix scan, in bytes; ``columns`` is the whole of X.
+
+    Blocks that come from main memory lie there twice: one is worked on while the next one arrives.
+    """
     tile, block = blocks
     return {
         "W0, tile": 4 * tile * columns,
@@ -133,7 +150,7 @@ def recurrence_ledger(
 
 
 def suffix_ledger(blocks: SuffixBlocks, width: int, itemsize: int) -> dict[str, int]:
-    """Returns the bytes of on-chip memory of ``kernel.suffix``, by what lies there."""
+    """Returns what lies in on-chip memory in the suffix scan, in bytes."""
     tile, tokens = blocks
     return {
         "G, tile": 4 * width * tile,

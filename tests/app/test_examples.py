@@ -128,7 +128,8 @@ def test_the_wheel_holds_the_package_and_the_examples(installed):
         names = {name for name in opened.namelist() if ".dist-info/" not in name}
     package = {str(path.relative_to(REPO)) for path in (REPO / "intttrain").rglob("*.py")}
     examples = {f"intttrain/examples/configs/{name}" for name in CONFIGS}
-    assert names == package | examples | {f"intttrain/examples/launch/{name}" for name in LAUNCHERS}
+    launchers = {f"intttrain/examples/launch/{name}" for name in LAUNCHERS}
+    assert names == package | examples | launchers | {"intttrain/py.typed"}
 
 
 def test_the_installed_program_brings_its_examples(installed):

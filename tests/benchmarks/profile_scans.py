@@ -1,11 +1,11 @@
 """Measures the efficiencies of ``scan_cost.py``: ``python -m tests.benchmarks.profile_scans --chip=v5p``.
 
-Needs libtpu, no TPU, and minutes; see ``profile_kernels.py``. Each of the kernels of the fast-weight scans is compiled
-alone, for one device, in the blocks that training would take. The profile counts nothing under a condition of run-time
-values, so the usual way through a chunk (whole, inside one document) stands without its condition. What a kernel does
-once per chunk is counted by a second profile in which it is done in every step: ``plain + (all - plain) / steps``. Not
-counted: the copy of a tile of the state before the first chunk and after the last, G handed over where a document
-begins, and waiting for main memory, which does not limit any of these.
+Needs libtpu, no TPU, and minutes; see ``profile_attention.py``. Each of the kernels of the fast-weight scans is
+compiled alone, for one device, in the blocks that training would take. The profile counts nothing under a condition of
+run-time values, so the usual way through a chunk (whole, inside one document) stands without its condition. What a
+kernel does once per chunk is counted by a second profile in which it is done in every step: ``plain + (all - plain) /
+steps``. Not counted: the copy of a tile of the state before the first chunk and after the last, G handed over where a
+document begins, and waiting for main memory, which does not limit any of these.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from jax.experimental import topologies
 from intttrain.layout import hardware
 from intttrain.layout.compiler import compiler_options
 from intttrain.planner.scan_cost import FLOPS
-from intttrain.ttt import kernel
+from intttrain.ttt import kernel_parts, kernel_recurrence, kernel_suffix
 from intttrain.ttt.kernel_blocks import Kernels, fitting
 from tests.benchmarks.profile_attention import TOPOLOGY, static_profile
 
@@ -50,8 +50,8 @@ def compile_scan(chip: str, kind: str, chunk_tokens: int, shape: tuple[int, int]
 
         return run
 
-    kernel.once = once
-    kernel.either = lambda condition, usual, other: usual()
+    kernel_parts.once = once
+    kernel_parts.either = lambda condition, usual, other: usual()
     hardware.prepare_topology_compilation()
     device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY[chip]).devices[0]
     sharding = jax.sharding.SingleDeviceSharding(device)
@@ -60,13 +60,13 @@ def compile_scan(chip: str, kind: str, chunk_tokens: int, shape: tuple[int, int]
         return jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
 
     def run(scalars: Any, z: jax.Array, v: jax.Array, masks: jax.Array, state: jax.Array) -> object:
+        rest, machine = (masks, state, state), kernels.machine
         if kind == "suffix":
-            rows = (scalars[:3], z, v, v, z, masks)
-            return kernel.suffix(*rows, state, state, kernels.suffix, kernels.cores, kernels.machine)
-        read, written, p, blocks = (z, None, v, kernels.forward) if kind == "forward" else (v, v, z, kernels.prefix)
-        return kernel.recurrence(
-            kernel.Scalars(*scalars), read, written, p, masks, state, state, blocks, kernels.machine
-        )
+            return kernel_suffix.suffix(scalars[:3], z, v, v, z, *rest, kernels.suffix, kernels.cores, machine)
+        all_scalars = kernel_recurrence.Scalars(*scalars)
+        if kind == "forward":
+            return kernel_recurrence.forward(all_scalars, z, v, *rest, kernels.forward, machine)
+        return kernel_recurrence.prefix(all_scalars, v, v, z, *rest, kernels.prefix, machine)
 
     tokens, (width, d_ff) = _CHUNKS * chunk_tokens, kernels.shape
     z, v = shaped(tokens, d_ff, dtype=jnp.bfloat16), shaped(tokens, width, dtype=jnp.bfloat16)

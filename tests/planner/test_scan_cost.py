@@ -14,11 +14,13 @@ from intttrain.planner import scan_cost
 from intttrain.planner.scan_cost import EFFICIENCY, FLOPS, scan_model
 from intttrain.planner.xla.hlo import Instruction, parse_module
 from intttrain.planner.xla.kernels import KernelCost, is_kernel, kernel_name, stated_cost
-from intttrain.ttt import kernel
+from intttrain.ttt.kernel_parts import Machine
+from intttrain.ttt.kernel_recurrence import RecurrenceBlocks, Scalars, forward, prefix
+from intttrain.ttt.kernel_suffix import SuffixBlocks, suffix
 from tests.planner.planted import topology
 
 TOKENS, CHUNKS, WIDTH, D_FF = 512, 2, 256, 1024
-BLOCKS = kernel.RecurrenceBlocks(128, 256)
+BLOCKS = RecurrenceBlocks(128, 256)
 CHIP = CHIPS["v5p"]
 
 
@@ -27,13 +29,13 @@ def _calls() -> tuple[Instruction, ...]:
     """All three kernels, compiled for one v5p; the suffix scan in two launches of two tiles."""
     sharding = jax.sharding.SingleDeviceSharding(topology("v5p:2x2x1").devices[0])
     shaped = lambda *dims, dtype=jnp.float32: jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)  # noqa: E731
-    machine = kernel.Machine(60 * 2**20)
+    machine = Machine(60 * 2**20)
 
     def run(scalars, z, v, masks, state):
-        forward = kernel.recurrence(kernel.Scalars(*scalars), z, None, v, masks, state, state, BLOCKS, machine)
-        prefix = kernel.recurrence(kernel.Scalars(*scalars), v, v, z, masks, state, state, BLOCKS, machine)
-        blocks = kernel.SuffixBlocks(D_FF // 4, 128)
-        return forward, prefix, kernel.suffix(scalars[:3], z, v, v, z, masks, state, state, blocks, 2, machine)
+        found = forward(Scalars(*scalars), z, v, masks, state, state, BLOCKS, machine)
+        dz = prefix(Scalars(*scalars), v, v, z, masks, state, state, BLOCKS, machine)
+        blocks = SuffixBlocks(D_FF // 4, 128)
+        return found, dz, suffix(scalars[:3], z, v, v, z, masks, state, state, blocks, 2, machine)
 
     z, v = shaped(TOKENS, D_FF, dtype=jnp.bfloat16), shaped(TOKENS, WIDTH, dtype=jnp.bfloat16)
     arguments = (shaped(4, CHUNKS), z, v, shaped(TOKENS, 2), shaped(WIDTH, D_FF))

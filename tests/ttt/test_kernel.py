@@ -14,9 +14,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 from intttrain import ttt
 from intttrain.config.errors import UserError
-from intttrain.ttt import api, chunked, kernel, kernel_blocks, kernel_scans
-from intttrain.ttt.kernel import Machine, RecurrenceBlocks, SuffixBlocks
+from intttrain.ttt import api, chunked, kernel_blocks, kernel_parts, kernel_scans, kernel_suffix
 from intttrain.ttt.kernel_blocks import Kernels, fitting, recurrence_ledger, suffix_ledger
+from intttrain.ttt.kernel_parts import Machine
+from intttrain.ttt.kernel_recurrence import RecurrenceBlocks
+from intttrain.ttt.kernel_suffix import SuffixBlocks
 from intttrain.ttt.layout import make_layout
 from tests.planner.planted import topology
 from tests.ttt.cases import BY_NAME, assert_close, cotangents, gradients
@@ -144,22 +146,22 @@ def test_the_whole_layer_is_the_reference(monkeypatch, name, fresh):
 
 @needs_two_cores
 def test_documents_that_begin_inside_a_chunk_are_seen(monkeypatch):
-    monkeypatch.setattr(kernel, "either", lambda condition, usual, other: usual())
+    monkeypatch.setattr(kernel_parts, "either", lambda condition, usual, other: usual())
     with pytest.raises(AssertionError, match="o_MCD: error"):
         compare_forward(ODD)
 
 
 @needs_two_cores
 def test_a_gradient_that_is_not_handed_over_is_seen(monkeypatch):
-    monkeypatch.setattr(kernel, "_AFTER", kernel._BEFORE)
+    monkeypatch.setattr(kernel_suffix, "_AFTER", kernel_suffix._BEFORE)
     with pytest.raises(AssertionError, match="dz_MCF: error"):
         compare_backward(ODD, given=True)
 
 
 @needs_two_cores
 def test_cores_that_write_the_same_tile_are_a_race(monkeypatch):
-    copy = kernel._tile_copy
-    monkeypatch.setattr(kernel, "_tile_copy", lambda *arguments, **back: copy(*arguments[:4], 0, **back))
+    copy = kernel_parts.tile_copy
+    monkeypatch.setattr(kernel_parts, "tile_copy", lambda *arguments, **back: copy(*arguments[:4], 0, **back))
     with pytest.raises(AssertionError, match="races_found"):
         compare_forward(ODD)
 

@@ -1,6 +1,6 @@
 """The result of a gating study: one row per rule, signal, sign, rate and length; JSON, tables and pictures.
 
-Letters: as in ``gating_metrics``.
+Letters: as in ``metrics``.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class GateRow:
     """One rule at one setting.
 
     Attributes:
-      shuffled: how much more often it writes a chunk whose tokens are shuffled (``gating_metrics.measure_shuffled``);
+      shuffled: how much more often it writes a chunk whose tokens are shuffled (``metrics.measure_shuffled``);
         ``None`` for a rule that does not look.
     """
 

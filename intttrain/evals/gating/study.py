@@ -1,6 +1,6 @@
 """The gating study of a run: rules x signals x signs x rates x lengths, beside blind decisions and oracles.
 
-Letters: as in ``gated``.
+Letters: as in ``documents``.
 """
 
 from __future__ import annotations
