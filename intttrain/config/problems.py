@@ -22,8 +22,8 @@ def explain_problem(problem: Any, root: Any) -> str:
             tags = " or ".join(map(repr, _choices(hints_of(section)[path[-1]])))
             return f"{dotted}={problem['input']!r}: kind is not set; it is {tags}"
         case "union_tag_invalid":
-            tag, tags = problem["ctx"]["tag"], _choices(hints_of(section)[path[-1]])
-            return f"{dotted}.kind={tag!r}: {expected(tag, tuple(tags))}"
+            tag, known = problem["ctx"]["tag"], _choices(hints_of(section)[path[-1]])
+            return f"{dotted}.kind={tag!r}: {expected(tag, tuple(known))}"
         case "value_error":
             return f"{dotted}={problem['input']!r}: {problem['ctx']['error']}"
         case _:

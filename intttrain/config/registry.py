@@ -17,7 +17,7 @@ import functools
 import importlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from types import UnionType
+from types import FrameType, UnionType
 from typing import Annotated, Any, Generic, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import pydantic
@@ -78,7 +78,7 @@ class Registry(Generic[T]):
           UserError: another module has registered the name, or the section lacks a field that is read elsewhere.
         """
 
-        home = sys._getframe(1).f_globals["__name__"]
+        home = _registering_module()
 
         def add(value: D) -> D:
             self._add(home, name, Entry(value, section, check, home))  # type: ignore[arg-type]
@@ -88,10 +88,12 @@ class Registry(Generic[T]):
 
     def add(self, name: str, value: T, section: Any = None, *, check: Callable[[Any], None] | None = None) -> None:
         """Adds a value under ``name``, as ``register`` does."""
-        home = sys._getframe(1).f_globals["__name__"]
+        home = _registering_module()
         self._add(home, name, Entry(value, section, check, home))
 
     def _add(self, home: str, name: str, entry: Entry[T]) -> None:
+        if home not in self._modules:
+            self.entries()  # what is shipped comes first, and a name of it is taken
         if name in self._entries and (other := self._entries[name].home) != home:  # a module may be loaded again
             raise UserError(f"the {self.what} {name!r} is registered by {other} and by {home}; give one another name")
         lacking = set(self._needs) - {field.name for field in dataclasses.fields(entry.section or _Nothing)}
@@ -132,7 +134,7 @@ class Registry(Generic[T]):
             return kind if isinstance(kind, str) else None if kind is None else repr(kind)
         if dataclasses.is_dataclass(section) and not isinstance(section, type):
             known = [name for name, entry in self.entries().items() if type(section) is entry.section]
-            return known[0] if len(known) == 1 else str(vars(section)["kind"]) if known else self.default
+            return known[0] if len(known) == 1 else str(vars(section)["kind"]) if known else type(section).__name__
         return self.default
 
     def choice(self, section: Any) -> T:
@@ -150,15 +152,29 @@ class Registry(Generic[T]):
         return {name: entry.section for name, entry in self.entries().items()}
 
     def validated(self, value: Any) -> Any:
-        """Returns a section as its frozen dataclass. Raises ``pydantic.ValidationError``."""
+        """Returns a section as its frozen dataclass, which was validated when it was made.
+
+        Raises:
+          pydantic.ValidationError: a mapping that is no section of a registered choice.
+        """
+        if dataclasses.is_dataclass(value):  # so a default configuration loads no definitions
+            return value
         sections = self.sections()
         if self._union is None:  # a union that is told apart by ``kind``, as it stands now
-            choices = {
+            choices: dict[Any, Any] = {
                 name: core_schema.no_info_plain_validator_function(functools.partial(_validate_section, section))
                 for name, section in sections.items()
             }
             self._union = SchemaValidator(core_schema.tagged_union_schema(choices, discriminator=self.kind_of))
         return self._union.validate_python(value)
+
+
+def _registering_module() -> str:
+    """Returns the module whose own code, not that of a function, is running: values may be of anybody's classes."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != "<module>":
+        frame = frame.f_back
+    return str(frame.f_globals["__name__"]) if frame is not None else "__main__"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,7 +270,6 @@ def import_plugins(modules: Any) -> None:
 # The one list of what is chosen by name, and of the modules that define what is shipped.
 GATE_RULES: Registry[Any] = Registry("gate rule", "intttrain.ttt.gating")
 GATE_SIGNALS: Registry[Any] = Registry("gate signal", "intttrain.ttt.signals")
-TARGETS: Registry[Any] = Registry("target", "intttrain.ttt.targets")
 OPTIMIZERS: Registry[Any] = Registry("optimizer", "intttrain.train.optimizer", default="adamw", needs=("clip_norm",))
 SCHEDULES: Registry[Any] = Registry(
     "schedule", "intttrain.train.optimizer",
@@ -263,5 +278,3 @@ SCHEDULES: Registry[Any] = Registry(
 SOURCES: Registry[Any] = Registry(
     "data source", "intttrain.data.text_files", "intttrain.data.tensorflow_sources", needs=("kind",)
 )
-FAMILIES: Registry[Any] = Registry("model family", "intttrain.interop.families")
-TASKS: Registry[Any] = Registry("evaluation task", "intttrain.app.evaluate")

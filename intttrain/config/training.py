@@ -17,7 +17,7 @@ from intttrain.config.literals import (
     PositiveInt,
     Seed,
 )
-from intttrain.config.registry import OPTIMIZERS, SCHEDULES, Named, SectionOf
+from intttrain.config.registry import OPTIMIZERS, SCHEDULES, SectionOf
 
 
 class OptimizerSection(Protocol):
@@ -43,7 +43,7 @@ class AdamWConfig:
 class ScheduleConfig:
     """Linear warm-up, then cosine to ``final_fraction`` or constant with a linear decay at the end (WSD)."""
 
-    kind: Annotated[str, Named(SCHEDULES)]
+    kind: str  # under which the schedule is registered
     peak_learning_rate: PositiveFloat
     warmup_steps: NonNegativeInt
     decay_steps: NonNegativeInt = 0  # length of the final decay; used by wsd only
