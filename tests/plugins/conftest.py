@@ -27,7 +27,7 @@ def forget() -> None:
             one._union = None
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _nothing_is_left() -> Iterator[None]:
     yield
     forget()
