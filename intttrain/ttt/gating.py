@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from intttrain.config.registry import GATE_RULES
+from intttrain.config.registry import GATE_RULES, GATE_SIGNALS
 
 Place = Literal["generate", "evaluate", "study"]  # --gate, eval.gates, eval.gating.rules
 STATISTICS_RATE = 0.02  # of the running mean and variance of ``online``
@@ -338,9 +338,10 @@ class PonderEMA(SignalRule):
 
     def problem(self, gate: GateRule) -> str | None:
         """Refuses signals below zero."""
-        if gate.signal != "loss" and gate.update_on == "high":
+        signed = GATE_SIGNALS[gate.signal].signed
+        if not signed and gate.update_on == "high":
             return None
-        what = "signal='loss'" if gate.signal == "loss" else "update_on='low'"
+        what = f"signal={gate.signal!r}" if signed else "update_on='low'"
         return (
             f"rule={gate.rule!r} moves its threshold by a multiple of itself and cannot follow a signal below "
             f"zero, as with {what}; use signal='reconstruction' and update_on='high', or rule='online'"

@@ -52,9 +52,10 @@ class Predictions(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LayerSignal:
-    """A signal of the layer: ``measure`` returns it for one chunk of every row, fp32."""
+    """A signal of the layer: ``measure`` returns it for one chunk of every row, fp32; ``signed`` if it may be negative."""
 
     measure: Callable[[LayerChunk], Float[Array, "B"]]
+    signed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +63,7 @@ class ModelSignal:
     """A signal of the whole model: ``measure`` returns a number for every token; the chunk has their mean."""
 
     measure: Callable[[Predictions], Float[Array, "B P"]]
+    signed: bool = False
 
 
 def _inner_and_sizes(
@@ -93,7 +95,7 @@ def loss_of_layer(chunk: LayerChunk) -> Float[Array, "B"]:
 
 
 GATE_SIGNALS.add("reconstruction", LayerSignal(lambda chunk: relative_error(*chunk[:3])))
-GATE_SIGNALS.add("loss", LayerSignal(loss_of_layer))
+GATE_SIGNALS.add("loss", LayerSignal(loss_of_layer, signed=True))
 GATE_SIGNALS.add(
     "redundancy", LayerSignal(lambda chunk: relative_error(chunk.added_BCD(), chunk.v_BCD, chunk.measured_BC))
 )
