@@ -52,7 +52,7 @@ class Predictions(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LayerSignal:
-    """A signal of the layer: ``measure`` returns it for one chunk of every row, fp32. ``signed``: it may be negative."""
+    """A signal of the layer: ``measure`` returns it for a chunk of every row, fp32. ``signed``: it may be negative."""
 
     measure: Callable[[LayerChunk], Float[Array, "B"]]
     signed: bool = False
