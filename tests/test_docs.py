@@ -24,6 +24,7 @@ from intttrain.config import Config, default_config, resolve
 from intttrain.config import evaluation as config_eval
 from intttrain.config import schema as config_module
 from intttrain.config import training as config_train
+from intttrain.config.registry import Named
 from intttrain.train.compatibility import FREE_TO_CHANGE
 
 REPO = Path(__file__).resolve().parents[1]
@@ -60,7 +61,10 @@ def shown(value: Any) -> str:
 
 
 def choices_of(cls: type, name: str) -> tuple[str, ...]:
-    hint = get_type_hints(cls)[name]
+    hint = get_type_hints(cls, include_extras=True)[name]
+    for mark in get_args(hint):
+        if isinstance(mark, Named):
+            return tuple(map(shown, mark.registry.names(mark.among)))
     return tuple(map(shown, get_args(hint))) if get_origin(hint) is Literal else ()
 
 
@@ -133,7 +137,10 @@ def test_sections_outside_the_default_are_documented(name):
 
 
 def test_no_section_is_forgotten():
-    classes = {name for name, value in SECTIONS.items() if dataclasses.is_dataclass(value)}
+    files = {module.__name__ for module in SETTINGS}
+    classes = {
+        name for name, value in SECTIONS.items() if dataclasses.is_dataclass(value) and value.__module__ in files
+    }
     in_default = {type(section).__name__ for section in sections(resolve(default_config()))}
     assert classes == in_default | set(ALTERNATIVES)
 

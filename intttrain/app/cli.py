@@ -23,7 +23,6 @@ from ml_collections import config_flags
 from intttrain.app.arguments import check_given, define_number, split_overrides
 from intttrain.app.examples import with_found_configs
 from intttrain.config.errors import UserError, did_you_mean, explain_exit
-from intttrain.config.evaluation import GATES, SIGNALS
 from intttrain.config.literals import LARGEST, SEEDS
 from intttrain.config.overrides import apply_overrides
 from intttrain.logs.streams import outlive_reader
@@ -305,11 +304,11 @@ COMMANDS: dict[str, tuple[str, Define, Command]] = {
             _float("top_p", 1.0, "draw from the most likely tokens that together have this probability", largest=1.0),
             _integer("seed", 0, "of the sampling", largest=SEEDS - 1),
             _enum("update", "on", ["on", "off"], "whether the model learns while it reads"),
-            _enum("gate", "always", list(GATES), "which chunks it learns from"),
-            _enum("gate_signal", "reconstruction", list(SIGNALS), "what the gate looks at"),
+            _string("gate", "gate rule: which chunks it learns from (docs/gating.md)", default="always"),
+            _string("gate_signal", "gate signal: what the gate looks at", default="reconstruction"),
             _enum("gate_on", "high", ["high", "low"], "which signals make a chunk worth learning"),
             _float("gate_rate", 0.5, "wanted share of chunks", largest=1.0),
-            _list("gate_thresholds", "of --gate=threshold, a TTT layer each: 0.9,0.95"),
+            _list("gate_thresholds", "of a rule that has some, as --gate=threshold, a TTT layer each: 0.9,0.95"),
         ),
         _command("generate_text", "generate"),
     ),

@@ -262,10 +262,10 @@ def _conditions(run: _Run) -> dict[str, Condition]:
         found = {"on": Condition(model, params, model.ttt.eta), "off": Condition(model, params, 0.0)}
         for gate in run.config.eval.gates:
             rule = ttt.GateRule(gate.rule, gate.signal, gate.update_on, gate.shared)
-            settings = gate_settings(
-                gate.rule, gate.rate, gate.thresholds, model, where="eval.gates", flag="thresholds"
-            )
-            found[_label(gate)] = Condition(
+            if problem := rule.problem():
+                raise UserError(f"eval.gates: {problem}")
+            settings = gate_settings(rule, gate.rate, gate.thresholds, model, where="eval.gates", flag="thresholds")
+            found[_label(gate, rule)] = Condition(
                 model, params, model.ttt.eta, rule, settings._replace(seed=np.asarray(run.config.eval.seed, np.uint32))
             )
     if run.dense is not None:
@@ -273,8 +273,8 @@ def _conditions(run: _Run) -> dict[str, Condition]:
     return found
 
 
-def _label(gate: GateConfig) -> str:
-    looks = f" {gate.update_on} {gate.signal}" if gate.rule in ("online", "threshold") else ""
+def _label(gate: GateConfig, rule: ttt.GateRule) -> str:
+    looks = f" {gate.update_on} {gate.signal}" if rule.uses_signal else ""
     return f"{gate.rule}{looks} {gate.rate:g}"
 
 

@@ -13,9 +13,10 @@ import numpy as np
 from absl import flags
 
 from intttrain import ttt
-from intttrain.app.runs import Trained, load_trained
+from intttrain.app.runs import Trained, load_trained, read_config
 from intttrain.config import MeshConfig, ModelConfig
 from intttrain.config.errors import UserError
+from intttrain.config.registry import GATE_RULES, GATE_SIGNALS, expected
 from intttrain.evals.completion import TextStream
 from intttrain.layout.mesh import make_mesh
 from intttrain.layout.sharding import pieces_of
@@ -31,7 +32,10 @@ def generate_text(values: flags.FlagValues) -> int:
     """Prints what follows each ``--prompt`` as it is drawn; without one, reads prompts from the terminal."""
     open_single("intttrain generate")
     mesh = make_mesh(MeshConfig()) if jax.device_count() > 1 else None
-    trained = load_trained(make_place(values.workdir), values.step, mesh=mesh)
+    place = make_place(values.workdir)
+    read_config(place)  # imports the plugins of the run, which may define the gate
+    _gate(values)
+    trained = load_trained(place, values.step, mesh=mesh)
     if values.top_k > (vocabulary := trained.config.model.vocab_size):
         raise UserError(f"--top_k={values.top_k} is more than model.vocab_size={vocabulary}; use 0 for all tokens")
     sampling = Sampling(values.temperature, values.top_k, values.top_p, np.uint32(values.seed))
@@ -67,21 +71,31 @@ def make_generator(
     trained: Trained, values: flags.FlagValues, rows: int, max_tokens: int, mesh: Any = None
 ) -> Generator:
     """Returns a generator with the update and the gate that the flags ask for."""
-    gate = ttt.GateRule(values.gate, values.gate_signal, values.gate_on)
-    if problem := gate.problem():
-        raise UserError(f"--gate={values.gate}: {problem}")
+    gate = _gate(values)
     if values.gate != "always" and trained.config.model.ttt is None:
         raise UserError(
             f"--gate={values.gate}: the run has model.ttt=None, so there is no update to gate; leave it out"
         )
     thresholds = _thresholds(values.gate_thresholds)
     settings = gate_settings(
-        values.gate, values.gate_rate, thresholds, trained.config.model, where="--gate", flag="--gate_thresholds"
+        gate, values.gate_rate, thresholds, trained.config.model, where="--gate", flag="--gate_thresholds"
     )
     return Generator(
         trained.config.model, trained.params, rows=rows, max_tokens=max_tokens,
         eta=0.0 if values.update == "off" else None, gate=gate, settings=settings, mesh=mesh,
     )  # fmt: skip
+
+
+def _gate(values: flags.FlagValues) -> ttt.GateRule:
+    """Returns the rule of the flags. Raises ``UserError`` for a name that is not registered, by a plugin of the run."""
+    if values.gate not in (offered := GATE_RULES.names(lambda rule: "generate" in rule.offered)):
+        raise UserError(f"--gate={values.gate}: {expected(values.gate, offered)}")
+    if values.gate_signal not in (signals := GATE_SIGNALS.names()):
+        raise UserError(f"--gate_signal={values.gate_signal}: {expected(values.gate_signal, signals)}")
+    gate = ttt.GateRule(values.gate, values.gate_signal, values.gate_on)
+    if problem := gate.problem():
+        raise UserError(f"--gate={values.gate}: {problem}")
+    return gate
 
 
 def _thresholds(texts: Sequence[str]) -> tuple[float, ...]:
@@ -95,14 +109,15 @@ def _thresholds(texts: Sequence[str]) -> tuple[float, ...]:
 
 
 def gate_settings(
-    rule: str, rate: float, thresholds: Sequence[float], model: ModelConfig, *, where: str, flag: str
+    gate: ttt.GateRule, rate: float, thresholds: Sequence[float], model: ModelConfig, *, where: str, flag: str
 ) -> ttt.GateSettings:
     """Returns the numbers of a gate. Raises ``UserError`` for thresholds that do not fit the rule or the model."""
-    wanted = len(model.ttt.layers) if rule == "threshold" and model.ttt is not None else 0
+    wanted = len(model.ttt.layers) if gate.definition.thresholds and model.ttt is not None else 0
     if len(thresholds) != wanted:
+        having = GATE_RULES.names(lambda rule: rule.thresholds and rule.offered & {"generate", "evaluate"})
         raise UserError(
-            f"{where}={rule} takes {wanted} {flag}, one for each TTT layer if the rule is 'threshold', not "
-            f"{len(thresholds)}; intttrain eval --task=calibrate finds some"
+            f"{where}={gate.rule} takes {wanted} {flag}, one for each TTT layer if the rule is "
+            f"{' or '.join(map(repr, having))}, not {len(thresholds)}; intttrain eval --task=calibrate finds some"
         )
     threshold_n = np.asarray(thresholds, np.float32) if thresholds else None
     return ttt.GateSettings(rate=rate, threshold_n=threshold_n)

@@ -143,7 +143,22 @@ def last_step(workdir: Place) -> int:
 
 
 def _run_config(identity: Identity) -> Config:
-    return resolve(unflatten(identity.flat_config))
+    return resolve(unflatten(identity.flat_config))  # which imports the run's plugins
+
+
+def read_config(workdir: Place, flag: str = "--workdir") -> Config:
+    """Returns the configuration of the run in ``workdir``, which ``flag`` named.
+
+    Raises:
+      UserError: there is no run, its file is damaged, or one of its plugins cannot be imported.
+    """
+    return _run_config(_identity_of(workdir, flag))
+
+
+def _identity_of(workdir: Place, flag: str) -> Identity:
+    if not has_run(workdir):
+        raise UserError(f"{flag}={workdir} holds no run ({CONFIG_FILE} is missing); train first or correct the path")
+    return _read_identity(workdir / CONFIG_FILE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,9 +184,7 @@ def load_trained(
     Raises:
       UserError: no run, no such step, a damaged checkpoint, or the tokenizer file changed or went away.
     """
-    if not has_run(workdir):
-        raise UserError(f"{flag}={workdir} holds no run ({CONFIG_FILE} is missing); train first or correct the path")
-    identity = _read_identity(workdir / CONFIG_FILE)
+    identity = _identity_of(workdir, flag)
     config = _run_config(identity)
     with Checkpoints(str(workdir / "checkpoints"), config.train.checkpoint, read_only=True) as checkpoints:
         step = checkpoints.latest_step() if step is None else step

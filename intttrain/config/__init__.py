@@ -7,6 +7,7 @@ literals     types of values, each with its range        PositiveInt, Fraction, 
 run_stages   what changes in the course of a run         describe_stages
 overrides    flags: ``--config.a.b=value``
 dotted       nested dicts and their flat form            flatten, unflatten
+registry     what is chosen by name, and plugins           Registry, OPTIMIZERS, GATE_RULES, import_plugins
 problems     what pydantic found, in one line a problem  explain_problem
 errors       what a user reads, and how a command ends   UserError, PassingError
 """

@@ -17,13 +17,11 @@ from intttrain.config.literals import (
     Seed,
     Switch,
 )
+from intttrain.config.registry import GATE_RULES, GATE_SIGNALS, Named
 
-# What generation may be gated by, and what a gate may look at (docs/gating.md).
-GATES = ("always", "never", "random", "periodic", "online", "threshold")
-SIGNALS = ("reconstruction", "loss", "redundancy", "delta_norm", "nll", "entropy")
-
-GateSignal = Literal["reconstruction", "loss", "redundancy", "delta_norm", "nll", "entropy"]
-StudiedRule = Literal["online", "percentile", "ponder_ema", "ponder_ema_code", "periodic", "random", "topk"]
+GateSignal = Annotated[str, Named(GATE_SIGNALS)]
+EvaluatedRule = Annotated[str, Named(GATE_RULES, lambda rule: "evaluate" in rule.offered)]
+StudiedRule = Annotated[str, Named(GATE_RULES, lambda rule: "study" in rule.offered)]
 Oracle = Literal["tree", "rollout_always", "rollout_never", "first_order"]
 
 RulerTask = Literal[
@@ -61,11 +59,11 @@ class CodeConfig:
 class GateConfig:
     """A gate to evaluate beside the update on and off (``docs/gating.md``)."""
 
-    rule: Literal["never", "random", "periodic", "online", "threshold"]
+    rule: EvaluatedRule
     signal: GateSignal = "reconstruction"
     update_on: Literal["high", "low"] = "high"
     rate: Fraction = 0.5
-    thresholds: tuple[FiniteFloat, ...] = ()  # of ``threshold``, one for each TTT layer (``--task=calibrate``)
+    thresholds: tuple[FiniteFloat, ...] = ()  # of a rule that has some, one for each TTT layer (``--task=calibrate``)
     shared: Switch = False  # one decision for all TTT layers
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, TypeVar, cast, dataclass_transform
 
 import numpy as np
 import pydantic
 from pydantic import AfterValidator, Field
+from pydantic.dataclasses import dataclass
+
+T = TypeVar("T")
 
 # Devices compute in fp32: what is larger is infinite there, and what is smaller is 0 (or flushed to it).
 LARGEST = float(np.finfo(np.float32).max)
@@ -43,3 +46,10 @@ MomentDecay = Annotated[float, Field(ge=0, le=1, strict=True), AfterValidator(_b
 Switch = Annotated[bool, Field(strict=True)]
 
 STRICT = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+@dataclass_transform(frozen_default=True)
+def section(cls: type[T]) -> type[T]:
+    """Makes a class a section of the configuration: frozen, strict, without keys that it does not have."""
+    made: Any = dataclass(frozen=True, config=STRICT)(cls)
+    return cast(type[T], made)

@@ -10,12 +10,13 @@ import ast
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import ml_collections
 
 from intttrain.config.errors import UserError, did_you_mean
+from intttrain.config.registry import Registry, hints_of, import_plugins, kinds_of
 from intttrain.config.schema import Config
 
 SWITCHES = {"true": True, "1": True, "false": False, "0": False}
@@ -33,10 +34,13 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[tuple[str, str 
     """
     changed: dict[str, Any] = dict(tree)
     given: dict[str, str | None] = {}
-    for key, text in overrides:
-        _check_order(given, key, text)
-        given[key] = text
-        changed = _Override(key, text).applied(changed, (Config,), _path(key), "")
+    first = [pair for pair in overrides if re.match(r"plugins\b", pair[0])]  # the other keys may be theirs
+    for group in (first, [pair for pair in overrides if pair not in first]):
+        for key, text in group:
+            _check_order(given, key, text)
+            given[key] = text
+            changed = _Override(key, text).applied(changed, (Config,), _path(key), "")
+        import_plugins(changed.get("plugins", ()))
     return changed
 
 
@@ -85,12 +89,14 @@ class _Override:
         section = _section(kinds, value)
         if section is None or not isinstance(value, Mapping):
             raise self._refusal(f"cannot be set: {at} is no section; set --config.{at} itself")
-        hints = get_type_hints(section)
+        hints = hints_of(section)
+        if any(isinstance(kind, Registry) for kind in kinds):
+            hints["kind"] = str  # one that is told by its class alone has no such field
         if part not in hints:
             name = f"{at}.{part}" if at else part
             raise UserError(f"--config: unknown configuration key {name}{did_you_mean(part, hints)}")
         inside = f"{at}.{part}" if at else part
-        return {**value, part: self.applied(value.get(part), _kinds(hints[part]), rest, inside)}
+        return {**value, part: self.applied(value.get(part), kinds_of(hints[part]), rest, inside)}
 
     def _in_entry(self, value: Any, kinds: tuple[Any, ...], index: int, rest: Sequence[str | int], at: str) -> Any:
         entries = [kind for kind in kinds if get_origin(kind) is tuple]
@@ -99,13 +105,13 @@ class _Override:
         if index >= len(value):
             last = f"the last is {at}[{len(value) - 1}]" if len(value) else "it is empty"
             raise self._refusal(f"cannot be set: {at} has no entry {index}, {last}; to add one, give all of {at}")
-        entry = self.applied(value[index], _kinds(get_args(entries[0])[0]), rest, f"{at}[{index}]")
+        entry = self.applied(value[index], kinds_of(get_args(entries[0])[0]), rest, f"{at}[{index}]")
         return (*value[:index], entry, *value[index + 1 :])
 
     def _read(self, kinds: tuple[Any, ...]) -> Any:
         """Returns the value that the text stands for."""
         text = self.text
-        (kind,) = [kind for kind in kinds if kind is not NoneType and not dataclasses.is_dataclass(kind)] or [Mapping]
+        (kind,) = [kind for kind in kinds if kind is not NoneType and not _sections((kind,))] or [Mapping]
         if text is None:
             if kind is bool:
                 return True
@@ -135,7 +141,7 @@ class _Override:
         """Returns a tuple or a section, written as in Python; a single entry without quotes may stand alone."""
         wanted = _example(kinds)
         if get_origin(kind) is tuple and re.fullmatch(r"[^\s,()\[\]{}'\"]+", self.text or ""):
-            return (self._read(_kinds(get_args(kind)[0])),)
+            return (self._read(kinds_of(get_args(kind)[0])),)
         try:
             value = ast.literal_eval((self.text or "").strip())
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
@@ -154,17 +160,23 @@ class _Override:
         return UserError(f"{given}: {reason}")
 
 
-def _kinds(hint: Any) -> tuple[Any, ...]:
-    """Returns the types that a value may have: those of a union, or the one."""
-    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-
-
 def _section(kinds: tuple[Any, ...], value: Any) -> Any:
     """Returns the class of the section that stands there, by its ``kind`` where there are several."""
-    sections = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
+    sections = _sections(kinds)
     if len(sections) > 1 and isinstance(value, Mapping):
-        sections = [section for section in sections if value.get("kind") == _tag(section)] or sections
-    return sections[0] if sections else None
+        registries = [kind for kind in kinds if isinstance(kind, Registry)]
+        name = registries[0].kind_of(value) if registries else value.get("kind", None)
+        return sections[name] if name in sections else next(iter(sections.values()))
+    return next(iter(sections.values()), None)
+
+
+def _sections(kinds: tuple[Any, ...]) -> dict[str, Any]:
+    """Returns the sections among some types by their kind."""
+    registered = {
+        name: section for kind in kinds if isinstance(kind, Registry) for name, section in kind.sections().items()
+    }
+    classes = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
+    return registered | {_tag(kind) if len(classes) > 1 else "": kind for kind in classes}
 
 
 def _tag(section: Any) -> str:
@@ -173,14 +185,15 @@ def _tag(section: Any) -> str:
 
 def _example(kinds: tuple[Any, ...]) -> str:
     """Returns how a tuple or section is written: with the values that have to be given."""
+    sections = _sections(kinds)
     written = []
+    for name, section in sections.items():
+        needed = [f.name for f in dataclasses.fields(section) if f.default is f.default_factory is dataclasses.MISSING]
+        tags = {field: f"'{name}'" for field in needed if field == "kind" and len(sections) > 1}
+        written.append("{" + ", ".join(f"'{field}': {tags.get(field, '...')}" for field in needed) + "}")
     for kind in kinds:
-        if dataclasses.is_dataclass(kind):
-            needed = [f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING]
-            tags = {name: f"'{_tag(kind)}'" for name in needed if name == "kind" and len(kinds) > 1}
-            written.append("{" + ", ".join(f"'{name}': {tags.get(name, '...')}" for name in needed) + "}")
-        elif get_origin(kind) is tuple:
-            entry = _kinds(get_args(kind)[0])
+        if get_origin(kind) is tuple:
+            entry = kinds_of(get_args(kind)[0])
             written.append(f"({_example(entry)},)" if dataclasses.is_dataclass(entry[0]) else _plain_tuple(entry[0]))
         elif kind is NoneType:
             written.append("None")

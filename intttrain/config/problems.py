@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, get_args, get_type_hints
 
 from intttrain.config.errors import did_you_mean
+from intttrain.config.registry import Registry, expected, hints_of
 
 
 def explain_problem(problem: Any, root: Any) -> str:
@@ -18,10 +19,11 @@ def explain_problem(problem: Any, root: Any) -> str:
         case "missing" | "missing_argument":
             return f"{dotted} is not set"
         case "union_tag_not_found":
-            tags = " or ".join(map(repr, _tags(section, path[-1])))
+            tags = " or ".join(map(repr, _choices(hints_of(section)[path[-1]])))
             return f"{dotted}={problem['input']!r}: kind is not set; it is {tags}"
         case "union_tag_invalid":
-            return f"{dotted}.kind={problem['ctx']['tag']!r}: it must be one of {problem['ctx']['expected_tags']}"
+            tag, known = problem["ctx"]["tag"], _choices(hints_of(section)[path[-1]])
+            return f"{dotted}.kind={tag!r}: {expected(tag, tuple(known))}"
         case "value_error":
             return f"{dotted}={problem['input']!r}: {problem['ctx']['error']}"
         case _:
@@ -38,12 +40,19 @@ def _follow(loc: tuple[str | int, ...], section: Any) -> tuple[Any, list[str]]:
             continue
         path.append(str(part))
         if isinstance(part, str):
-            hint = get_type_hints(section)[part]
-            found = _sections_in(hint)
-            section = found[0] if len(found) == 1 else section
-            choices = {_tag(cls): cls for cls in found} if len(found) > 1 else {}
+            found = _choices(hints_of(section)[part])
+            section = found.get("", section)
+            choices = {} if "" in found else found
     last = loc[-1]
     return section, path if last in choices else [*path, str(last)]
+
+
+def _choices(hint: Any) -> dict[str, Any]:
+    """Returns the configuration classes that a field may hold, by kind; the only one under no name."""
+    if isinstance(hint, Registry):
+        return hint.sections()
+    found = _sections_in(hint)
+    return {"": found[0]} if len(found) == 1 else {_tag(cls): cls for cls in found}
 
 
 def _sections_in(hint: Any) -> list[Any]:
@@ -51,11 +60,6 @@ def _sections_in(hint: Any) -> list[Any]:
     if dataclasses.is_dataclass(hint):
         return [hint]
     return [cls for part in get_args(hint) for cls in _sections_in(part)]
-
-
-def _tags(section: Any, name: str) -> list[str]:
-    """Returns the kinds to choose from for a field of ``section``."""
-    return [_tag(cls) for cls in _sections_in(get_type_hints(section)[name])]
 
 
 def _tag(cls: Any) -> str:

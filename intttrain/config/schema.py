@@ -13,8 +13,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, Protocol, get_args
 
 import ml_collections
 import pydantic
@@ -38,6 +38,7 @@ from intttrain.config.literals import (
     Switch,
 )
 from intttrain.config.problems import explain_problem
+from intttrain.config.registry import OPTIMIZERS, SCHEDULES, SOURCES, Registry, SectionOf, hints_of, import_plugins
 from intttrain.config.training import STAGE_KEYS, AdamWConfig, CheckpointConfig, ScheduleConfig, TrainConfig
 
 
@@ -126,6 +127,17 @@ class TokenizerConfig:
         return "bits per byte" if self.kind == "byte" else "bits per token"
 
 
+class Source(Protocol):
+    """What the section of every data source has, beside its own."""
+
+    @property
+    def kind(self) -> str:
+        """The name under which it is registered."""
+
+    def describe(self) -> str:
+        """Returns what the manifest of a store calls it."""
+
+
 @dataclass(frozen=True, config=STRICT)
 class TextSource:
     """Files, or directories searched recursively for the patterns; one file is one document."""
@@ -135,6 +147,10 @@ class TextSource:
     patterns: tuple[str, ...] = ("*.txt",)
     exclude: tuple[str, ...] = ()  # patterns matched against the path below its directory
     max_bytes: PositiveInt | None = None  # stop after this much text (documents in sorted order)
+
+    def describe(self) -> str:
+        """Returns what the manifest of a store calls it."""
+        return f"text {', '.join(self.paths)}"
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -147,6 +163,10 @@ class SeqioSource:
     split: str = "train"
     text_feature: str = "text"
 
+    def describe(self) -> str:
+        """Returns what the manifest of a store calls it."""
+        return f"seqio {self.name}, split {self.split}"
+
 
 @dataclass(frozen=True, config=STRICT)
 class TfdsSource:
@@ -158,12 +178,16 @@ class TfdsSource:
     split: str = "train"
     text_feature: str = "text"
 
+    def describe(self) -> str:
+        """Returns what the manifest of a store calls it."""
+        return f"tfds {self.name}, split {self.split}"
+
 
 @dataclass(frozen=True, config=STRICT)
 class PrepareConfig:
     """What ``intttrain prepare`` reads: text -> OUTPUT/train and OUTPUT/heldout token stores."""
 
-    source: Annotated[TextSource | SeqioSource | TfdsSource, Field(discriminator="kind")]
+    source: Annotated[Source, SectionOf(SOURCES)]
     tokenizer: TokenizerConfig
     heldout_fraction: Fraction = 0.05  # documents set apart, chosen by a hash of their name
     seed: Seed = 0
@@ -211,6 +235,7 @@ class Config:
     train: TrainConfig
     eval: EvalConfig
     mesh: MeshConfig = MeshConfig()
+    plugins: tuple[str, ...] = ()  # modules to import first, which register what is chosen by name (docs/plugins.md)
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -238,7 +263,7 @@ def default_config() -> ml_collections.ConfigDict:
 
 def _editable(section: Any) -> ml_collections.ConfigDict:
     """Returns a section as a ConfigDict in which optional scalars that are unset can still be overridden."""
-    hints = get_type_hints(type(section))
+    hints = hints_of(type(section))
     values: dict[str, Any] = {}
     for field in dataclasses.fields(section):
         value = getattr(section, field.name)
@@ -269,6 +294,7 @@ def resolve(tree: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
         that contradict each other. All single-field problems are reported in one line each, joined by " | ".
     """
     plain = tree.to_dict() if isinstance(tree, ml_collections.ConfigDict) else dict(tree)
+    import_plugins(plain.get("plugins", ()))
     try:
         config = pydantic.TypeAdapter(Config).validate_python(plain)
     except pydantic.ValidationError as error:
@@ -420,18 +446,9 @@ def _check_train(config: Config) -> None:
             f"train.profile_steps={train.profile_steps} is not (FIRST, LAST); use for example "
             f"({train.profile_steps[0]}, {train.profile_steps[0] + 2}), or () for no trace"
         )
-    schedule, decay = train.schedule, train.optimizer.weight_decay
-    if schedule.peak_learning_rate * decay >= 1:
-        raise UserError(
-            f"train.schedule.peak_learning_rate={schedule.peak_learning_rate} times train.optimizer.weight_decay="
-            f"{decay} is 1 or more: every step would wipe out the weights; use a weight decay below "
-            f"{1 / schedule.peak_learning_rate:.3g}, 0.1 is usual"
-        )
-    if schedule.kind == "cosine" and schedule.decay_steps:
-        raise UserError(
-            f'train.schedule.decay_steps={schedule.decay_steps} has no meaning with kind="cosine", which decays from '
-            'the warm-up to the end; set it to 0 or use kind="wsd"'
-        )
+    schedule = train.schedule
+    for registry, section in _registered(config):
+        registry.check(section, config)
     if schedule.warmup_steps + schedule.decay_steps > train.num_steps:
         room = train.num_steps - schedule.decay_steps
         way_out = f"use warm-up {min(room, train.num_steps // 10)} or train longer" if room >= 0 else "train longer"
@@ -439,6 +456,13 @@ def _check_train(config: Config) -> None:
             f"train.schedule.warmup_steps={schedule.warmup_steps} + decay_steps={schedule.decay_steps} exceed "
             f"train.num_steps={train.num_steps}; {way_out}"
         )
+
+
+def _registered(config: Config) -> Iterator[tuple[Registry[Any], Any]]:
+    """Yields the sections that belong to registered choices, which may have rules of their own."""
+    yield OPTIMIZERS, config.train.optimizer
+    yield SCHEDULES, config.train.schedule
+    yield SOURCES, config.prepare.source
 
 
 def _check_stages(config: Config) -> None:

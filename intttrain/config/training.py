@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Annotated, Any, Protocol
 
 from pydantic.dataclasses import dataclass
 
@@ -17,6 +17,15 @@ from intttrain.config.literals import (
     PositiveInt,
     Seed,
 )
+from intttrain.config.registry import OPTIMIZERS, SCHEDULES, SectionOf
+
+
+class OptimizerSection(Protocol):
+    """What the section of every optimizer has, beside its own; one without ``kind`` is that of AdamW."""
+
+    @property
+    def clip_norm(self) -> float:
+        """Bound on the global norm of the gradient, which is applied before the optimizer."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -34,7 +43,7 @@ class AdamWConfig:
 class ScheduleConfig:
     """Linear warm-up, then cosine to ``final_fraction`` or constant with a linear decay at the end (WSD)."""
 
-    kind: Literal["cosine", "wsd"]
+    kind: str  # under which the schedule is registered
     peak_learning_rate: PositiveFloat
     warmup_steps: NonNegativeInt
     decay_steps: NonNegativeInt = 0  # length of the final decay; used by wsd only
@@ -83,8 +92,8 @@ class TrainConfig:
 
     num_steps: PositiveInt
     batch_rows: PositiveInt  # rows per step over all devices
-    schedule: ScheduleConfig
-    optimizer: AdamWConfig
+    schedule: Annotated[ScheduleConfig, SectionOf(SCHEDULES)]
+    optimizer: Annotated[OptimizerSection, SectionOf(OPTIMIZERS)]
     checkpoint: CheckpointConfig
     microbatches: PositiveInt = 1  # gradient accumulation: the batch is cut into this many pieces
     gate_rate: Fraction = 1.0  # share of chunks that fast weights learn from, drawn for every row and step; 1 = all

@@ -13,15 +13,19 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-from intttrain.config import PrepareConfig, SeqioSource, TextSource, TfdsSource
+from intttrain.config import PrepareConfig
 from intttrain.config.errors import UserError
+from intttrain.config.registry import SOURCES
 from intttrain.data.store import StoreWriter
-from intttrain.data.text_files import FileCounts, read_text_files
+from intttrain.data.text_files import FileCounts
 from intttrain.data.tokenizers import Tokenizer, make_tokenizer
 from intttrain.storage.partial import remove_leftovers
 from intttrain.storage.publish import publish_directory
 
+# What is registered for a source: its section, what it counts, and where progress is told -> (name, text) of documents.
+ReadSource = Callable[[Any, FileCounts, Callable[[str], None]], Iterator[tuple[str, str]]]
 _REPORT_SECONDS = 2.0
 _GROUP_CHARACTERS = 1 << 22  # documents are handed to the tokenizer in groups of about this size
 _GROUP_DOCUMENTS = 1024
@@ -78,13 +82,14 @@ def prepare(config: PrepareConfig, output: Path, report: Callable[[str], None]) 
     tokenizer = make_tokenizer(config.tokenizer)
     remove_leftovers(Path(output), report)
     counts, files = _Counts(), FileCounts()
-    description = _describe(config)
+    read: ReadSource = SOURCES.choice(config.source)
+    description = config.source.describe()
     with publish_directory(Path(output)) as directory, contextlib.ExitStack() as stack:
         writers = [stack.enter_context(StoreWriter(directory / "train", tokenizer=tokenizer, source=description))]
         if config.heldout_fraction > 0:
             heldout = StoreWriter(directory / "heldout", tokenizer=tokenizer, source=description)
             writers.append(stack.enter_context(heldout))
-        documents = _without_duplicates(_read_source(config, files, report), counts)
+        documents = _without_duplicates(read(config.source, files, report), counts)
         _write(documents, tokenizer, config, writers, counts, report)
         _check_split(config, writers, counts, files)
     return PrepareResult(
@@ -106,33 +111,6 @@ def heldout_share(seed: int, name: str) -> float:
     """Returns the number in [0, 1) of a document name; a document whose number is below the fraction is held out."""
     digest = hashlib.sha256(f"{seed}\n{name}".encode("utf-8", errors="surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
-
-
-def _read_source(
-    config: PrepareConfig, files: FileCounts, report: Callable[[str], None]
-) -> Iterator[tuple[str, str]]:  # fmt: skip
-    """Yields (name, text) from whichever source is configured."""
-    match config.source:
-        case TextSource() as source:
-            return read_text_files(source, files)
-        case SeqioSource() as source:
-            from intttrain.data.tensorflow_sources import read_seqio  # TensorFlow is an optional dependency
-
-            return read_seqio(source, report)
-        case TfdsSource() as source:
-            from intttrain.data.tensorflow_sources import read_tfds
-
-            return read_tfds(source)
-
-
-def _describe(config: PrepareConfig) -> str:
-    match config.source:
-        case TextSource(paths=paths):
-            return f"text {', '.join(paths)}"
-        case SeqioSource(name=name, split=split):
-            return f"seqio {name}, split {split}"
-        case TfdsSource(name=name, split=split):
-            return f"tfds {name}, split {split}"
 
 
 def _without_duplicates(documents: Iterator[tuple[str, str]], counts: _Counts) -> Iterator[tuple[str, str]]:
@@ -199,7 +177,7 @@ def _check_split(config: PrepareConfig, writers: list[StoreWriter], counts: _Cou
     """Refuses a corpus without text and a split with an empty side."""
     if not counts.documents:
         raise UserError(
-            f"prepare.source: {_describe(config)} has no text: {counts.empty} empty documents, "
+            f"prepare.source: {config.source.describe()} has no text: {counts.empty} empty documents, "
             f"{files.binary} files that are not UTF-8 text"
         )
     split = f"prepare.heldout_fraction={config.heldout_fraction} of {counts.documents} documents"

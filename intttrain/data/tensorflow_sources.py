@@ -18,6 +18,7 @@ import numpy as np
 
 from intttrain.config import SeqioSource, TfdsSource
 from intttrain.config.errors import UserError, did_you_mean
+from intttrain.config.registry import SOURCES
 
 
 def read_seqio(source: SeqioSource, report: Callable[[str], None]) -> Iterator[tuple[str, str]]:
@@ -106,6 +107,10 @@ def read_tfds(source: TfdsSource) -> Iterator[tuple[str, str]]:
         )
     prefix = f"{builder.info.full_name}/{source.split}"
     return _strings(dataset, path, prefix)
+
+
+SOURCES.add("seqio", lambda source, counts, report: read_seqio(source, report), SeqioSource)
+SOURCES.add("tfds", lambda source, counts, report: read_tfds(source), TfdsSource)
 
 
 def _missing_extra(error: ImportError) -> UserError:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from intttrain.config import TextSource
 from intttrain.config.errors import UserError
+from intttrain.config.registry import SOURCES
 
 
 @dataclasses.dataclass
@@ -65,6 +66,9 @@ def read_text_files(source: TextSource, counts: FileCounts) -> Iterator[tuple[st
             counts.stopped_at_max_bytes = True
             return
         yield file.name, text
+
+
+SOURCES.add("text", lambda source, counts, report: read_text_files(source, counts), TextSource)
 
 
 def _find_files(source: TextSource) -> list[_File]:

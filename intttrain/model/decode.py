@@ -9,6 +9,7 @@ Letters: B row, T tokens of a document, P tokens of a piece, M pieces, n TTT lay
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from intttrain import ttt
 from intttrain.config import ModelConfig
+from intttrain.config.registry import GATE_SIGNALS
 from intttrain.layout.sharding import constrain
 from intttrain.model.cached_attention import KeyCache, attend_cached, cache_slots, remember_keys
 from intttrain.model.decoder import Decoder, update_rule
@@ -275,23 +277,28 @@ def _losses(
 ) -> tuple[jax.Array | None, jax.Array | None, jax.Array | None]:
     """Returns what is asked for of every token: loss, being the likeliest, and what a rule wants of the whole model."""
     gate = reading.gate if decoder.config.ttt is not None else ttt.GateRule()
-    signal = gate.signal if gate.uses_signal else None
+    signal = GATE_SIGNALS[gate.signal] if gate.uses_signal else None
     at_P = jnp.arange(tokens_BP.shape[1])
     real_BP = at_P[None] < count_B[:, None]
     predicted_BP = real_BP & (before.length_B[:, None] + at_P[None] > 0)
     from_BPD = jnp.concatenate([before.hidden_BD[:, None], hidden_BPD[:, :-1]], axis=1)
     from_BPD = constrain(from_BPD, "batch", "tokens", "width")
     weight_VD, block = decoder.output_weight(), decoder.config.loss_chunk_tokens
-    nll_BP = likeliest_BP = surprise_BP = None
-    if reading.wants_nll or signal == "nll":
-        nll_BP = jnp.where(predicted_BP, token_nll(from_BPD, weight_VD, tokens_BP, block), 0.0)
+
+    @functools.cache
+    def nll_BP() -> jax.Array:
+        return jnp.where(predicted_BP, token_nll(from_BPD, weight_VD, tokens_BP, block), 0.0)
+
+    def entropy_BP() -> jax.Array:
+        return jnp.where(real_BP, prediction_entropy(hidden_BPD, weight_VD, block), 0.0)
+
+    asked_BP = nll_BP() if reading.wants_nll else None
+    likeliest_BP = surprise_BP = None
     if reading.wants_likeliest:
         likeliest_BP = ~predicted_BP | is_likeliest(from_BPD, weight_VD, tokens_BP, block)
-    if signal == "nll":
-        surprise_BP = nll_BP
-    elif signal == "entropy":
-        surprise_BP = jnp.where(real_BP, prediction_entropy(hidden_BPD, weight_VD, block), 0.0)
-    return nll_BP if reading.wants_nll else None, likeliest_BP, surprise_BP
+    if isinstance(signal, ttt.ModelSignal):
+        surprise_BP = signal.measure(ttt.Predictions(nll_BP, entropy_BP))
+    return asked_BP, likeliest_BP, surprise_BP
 
 
 def _fast_weights(decoder: Decoder) -> ttt.FastWeights:

@@ -17,6 +17,7 @@ from intttrain.train.checkpoint import CheckpointInfo
 FREE_TO_CHANGE: Mapping[str, str] = types.MappingProxyType(
     {
         "name": "a label",
+        "plugins": "where code is found; what it does is chosen by other keys",
         "prepare.*": "used before training",
         "eval.*": "used beside training",
         "train.checkpoint.*": "when to save, not what",

@@ -1,4 +1,4 @@
-"""Learning-rate schedules and AdamW with decoupled weight decay (arXiv 1711.05101).
+"""Learning-rate schedules and optimizers, each registered with its section: AdamW (arXiv 1711.05101).
 
 Which parameter decays is decided in one table, ``DECAY_RULES``; a parameter that no rule or more than one rule matches
 is an error, so a new parameter cannot slip in undecided.
@@ -15,11 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from intttrain.config.training import ScheduleConfig, TrainConfig
+from intttrain.config import Config
+from intttrain.config.errors import UserError
+from intttrain.config.registry import OPTIMIZERS, SCHEDULES
+from intttrain.config.training import AdamWConfig, ScheduleConfig, TrainConfig
 
 PyTree = Any
 UpdateFn = Callable[..., tuple[PyTree, PyTree]]
 Decay = Literal["decay", "no_decay"]
+# What is registered. A schedule's shape: section, completed steps and the last step -> fraction of the peak after the
+# warm-up, float32. An optimizer: section, schedule and abstract parameters -> a transformation.
+Shape = Callable[[Any, jax.Array, int], jax.Array]
+Build = Callable[[Any, optax.Schedule, PyTree], optax.GradientTransformation]
 
 # Full-match patterns over the dotted path of a parameter.
 #
@@ -65,26 +72,46 @@ def make_schedule(config: TrainConfig) -> optax.Schedule:
 
 def _after_warmup(schedule: ScheduleConfig, s: jax.Array, num_steps: int) -> jax.Array:
     """Returns the fraction of the peak after the warm-up, float32."""
-    final = schedule.final_fraction
-    match schedule.kind:
-        case "cosine":
-            start, shape = schedule.warmup_steps, lambda p: 0.5 * (1.0 + jnp.cos(jnp.pi * p))
-        case "wsd":
-            start, shape = num_steps - schedule.decay_steps, lambda p: 1.0 - p
+    shape: Shape = SCHEDULES.choice(schedule)
+    return shape(schedule, s, num_steps)
+
+
+def _check_cosine(config: Config) -> None:
+    if decay_steps := config.train.schedule.decay_steps:
+        raise UserError(
+            f'train.schedule.decay_steps={decay_steps} has no meaning with kind="cosine", which decays from '
+            'the warm-up to the end; set it to 0 or use kind="wsd"'
+        )
+
+
+@SCHEDULES.register("cosine", ScheduleConfig, check=_check_cosine)
+def cosine(schedule: ScheduleConfig, s: jax.Array, num_steps: int) -> jax.Array:
+    """Returns half a cosine from the end of the warm-up to the last step."""
+    return _decay(schedule, s, schedule.warmup_steps, num_steps, lambda p: 0.5 * (1.0 + jnp.cos(jnp.pi * p)))
+
+
+@SCHEDULES.register("wsd", ScheduleConfig)
+def wsd(schedule: ScheduleConfig, s: jax.Array, num_steps: int) -> jax.Array:
+    """Returns 1, and a straight line over the last ``decay_steps``."""
+    return _decay(schedule, s, num_steps - schedule.decay_steps, num_steps, lambda p: 1.0 - p)
+
+
+def _decay(
+    schedule: ScheduleConfig, s: jax.Array, start: int, num_steps: int, shape: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+    """Returns 1 until ``start``, then ``shape`` of the part that is over, squeezed above ``final_fraction``."""
     if start == num_steps:  # nothing decays; a division by the empty span would give NaN
         return jnp.ones_like(s)
     p = jnp.clip((s - start) / (num_steps - start), 0.0, 1.0)
+    final = schedule.final_fraction
     return final + (1.0 - final) * shape(p)
 
 
 def make_optimizer(config: TrainConfig, abstract_params: PyTree) -> optax.GradientTransformation:
-    """Returns AdamW for parameters of this structure. The gradient is expected to be clipped already.
-
-    The update is ``-lr(s) * (adam(g) + weight_decay * w)``, the second term only where ``DECAY_RULES`` says so.
-    Both moments have the dtype and the sharding of their parameter, float32.
+    """Returns the optimizer for parameters of this structure. The gradient is expected to be clipped already.
 
     Args:
-      config: schedule and AdamW hyper-parameters; ``clip_norm`` is not used here, see ``clip_by_norm``.
+      config: schedule and section of the optimizer; ``clip_norm`` is not used here, see ``clip_by_norm``.
       abstract_params: nested dict of arrays or ``jax.ShapeDtypeStruct``.
 
     Raises:
@@ -94,13 +121,34 @@ def make_optimizer(config: TrainConfig, abstract_params: PyTree) -> optax.Gradie
     for name, leaf in _named_leaves(abstract_params):
         if leaf.dtype != np.float32:
             raise TypeError(f"parameter {name} is {leaf.dtype}; the optimizer keeps float32 parameters and moments")
-    adamw = config.optimizer
-    chain = optax.chain(
-        optax.scale_by_adam(b1=adamw.b1, b2=adamw.b2, eps=adamw.eps, mu_dtype=jnp.float32),
-        optax.add_decayed_weights(adamw.weight_decay, mask=decay_mask(abstract_params)),
-        optax.scale_by_learning_rate(make_schedule(config)),
+    build: Build = OPTIMIZERS.choice(config.optimizer)
+    made = build(config.optimizer, make_schedule(config), abstract_params)
+    return optax.GradientTransformation(made.init, _with_standard_promotion(made.update))
+
+
+def _check_adamw(config: Config) -> None:
+    peak, adamw = config.train.schedule.peak_learning_rate, config.train.optimizer
+    assert isinstance(adamw, AdamWConfig)
+    if peak * adamw.weight_decay >= 1:
+        raise UserError(
+            f"train.schedule.peak_learning_rate={peak} times train.optimizer.weight_decay="
+            f"{adamw.weight_decay} is 1 or more: every step would wipe out the weights; use a weight decay below "
+            f"{1 / peak:.3g}, 0.1 is usual"
+        )
+
+
+@OPTIMIZERS.register("adamw", AdamWConfig, check=_check_adamw)
+def adamw(section: AdamWConfig, schedule: optax.Schedule, abstract_params: PyTree) -> optax.GradientTransformation:
+    """Returns AdamW, whose update is ``-lr(s) * (adam(g) + weight_decay * w)``.
+
+    The second term only where ``DECAY_RULES`` says so. Both moments have the dtype and the sharding of their parameter,
+    float32.
+    """
+    return optax.chain(
+        optax.scale_by_adam(b1=section.b1, b2=section.b2, eps=section.eps, mu_dtype=jnp.float32),
+        optax.add_decayed_weights(section.weight_decay, mask=decay_mask(abstract_params)),
+        optax.scale_by_learning_rate(schedule),
     )
-    return optax.GradientTransformation(chain.init, _with_standard_promotion(chain.update))
 
 
 def _with_standard_promotion(update: UpdateFn) -> UpdateFn:

@@ -14,7 +14,6 @@ from typing import Any, cast
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from intttrain.config import Config
@@ -24,7 +23,6 @@ from intttrain.layout.mesh import make_mesh
 from intttrain.layout.row_order import Ranges, is_balanced, stored_ranges
 from intttrain.layout.sharding import check_batch, named_shardings, partition_spec, using_mesh, with_sharding
 from intttrain.model import logical_axes
-from intttrain.train.optimizer import make_optimizer
 from intttrain.train.step import StepMetrics, TrainState, abstract_state, init_state, make_train_step
 
 
@@ -137,13 +135,23 @@ def make_program(config: Config, devices: Sequence[jax.Device] | None = None) ->
 
 
 def _state_shardings(config: Config, mesh: Mesh, state: TrainState) -> dict[str, Any]:
-    """Returns the sharding of every leaf of the state; both moments lie like their parameter."""
+    """Returns the sharding of every leaf of the state; what an optimizer keeps of a parameter lies like it.
+
+    That is every array whose path ends in that of a parameter and that has its shape, whatever the optimizer.
+    """
     by_param = named_shardings(mesh, logical_axes(config.model), state["params"])
     replicated = NamedSharding(mesh, PartitionSpec())
-    optimizer = make_optimizer(config.train, state["params"])
-    opt_state = optax.tree.map_params(
-        optimizer, lambda _, sharding: sharding, state["opt_state"], by_param,
-        transform_non_params=lambda _: replicated,
-    )  # fmt: skip
+    placed = {
+        path: (leaf.shape, sharding)
+        for (path, leaf), sharding in zip(
+            jax.tree_util.tree_leaves_with_path(state["params"]), jax.tree.leaves(by_param), strict=True
+        )
+    }
+
+    def like_its_parameter(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        found = (placed[path[start:]] for start in range(len(path)) if path[start:] in placed)
+        return next((sharding for shape, sharding in found if shape == leaf.shape), replicated)
+
+    opt_state = jax.tree_util.tree_map_with_path(like_its_parameter, state["opt_state"])
     rest = {name: leaf for name, leaf in state.items() if name not in ("params", "opt_state")}
     return {"params": by_param, "opt_state": opt_state} | jax.tree.map(lambda _: replicated, rest)

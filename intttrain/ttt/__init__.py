@@ -13,10 +13,11 @@ W conv taps.
 from intttrain.ttt.api import FastWeightOutput, fast_weight_projection, project
 from intttrain.ttt.chunked import MIXED_SCOPE
 from intttrain.ttt.decode import FastWeightCache, FastWeights, commit, init_cache, read, remember
-from intttrain.ttt.gating import Decision, GateRule, GateSettings, GateState, Rule, Signal
+from intttrain.ttt.gating import Decision, GateRule, GateSettings, GateState
 from intttrain.ttt.layout import ChunkLayout, FastWeightState, init_state, make_layout
 from intttrain.ttt.rules import UpdateRule
 from intttrain.ttt.shards import STATE_NAME
+from intttrain.ttt.signals import ModelSignal, Predictions
 from intttrain.ttt.targets import CONV_TAPS, make_targets, mix_neighbours
 
 __all__ = [
@@ -32,8 +33,8 @@ __all__ = [
     "GateRule",
     "GateSettings",
     "GateState",
-    "Rule",
-    "Signal",
+    "ModelSignal",
+    "Predictions",
     "UpdateRule",
     "commit",
     "fast_weight_projection",

@@ -15,18 +15,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from intttrain.ttt.gating import (
-    OF_THE_MODEL,
-    Decision,
-    GateRule,
-    GateSettings,
-    GateState,
-    decide,
-    init_gate_state,
-    measured_tokens,
-    own_signal,
-)
+from intttrain.config.registry import GATE_SIGNALS
+from intttrain.ttt.gating import Decision, GateRule, GateSettings, GateState, decide, init_gate_state
 from intttrain.ttt.rules import UpdateRule
+from intttrain.ttt.signals import LayerChunk, LayerSignal, measured_tokens
 from intttrain.ttt.targets import make_targets
 
 
@@ -143,7 +135,7 @@ def commit(
       eta, update: as in ``fast_weight_projection``.
       chunk_B: number of the open chunk.
       sequence_B: number of the sequence, for random gates.
-      model_signal_B: ``nll`` or ``entropy`` of the chunk, where the rule looks at it.
+      model_signal_B: of the chunk, where the rule looks at a signal of the whole model.
       rule, settings: how to decide.
 
     Returns:
@@ -191,19 +183,21 @@ def _targets_and_signals(
     def layer(_: None, inputs: Any) -> tuple[None, tuple[Array, Array]]:
         number, w_target_DD, conv_WD, s_BDF, z_BCF, x_BCD, o_BCD = inputs
         v_BCD = make_targets(x_BCD, w_target_DD, conv_WD, whole_BC, chunk_tokens)
+
+        def added_BCD() -> Array:
+            return _product("bcf,bdf->bcd", z_BCF, s_BDF.astype(z_BCF.dtype))
+
+        def delta_norm_B() -> Array:
+            update_B = _norm(_deltas(update, v_BCD, z_BCF, eta))
+            return update_B / _norm(weights.w_down_LDF[number].astype(jnp.float32)[None])
+
         if not rule.uses_signal:
             signal_B = jnp.full((rows,), jnp.nan, jnp.float32)
-        elif rule.signal in OF_THE_MODEL:
+        elif isinstance(signal := GATE_SIGNALS[rule.signal], LayerSignal):
+            signal_B = signal.measure(LayerChunk(o_BCD, v_BCD, measured_BC, added_BCD, delta_norm_B))
+        else:
             assert model_signal_B is not None
             signal_B = model_signal_B
-        elif rule.signal == "delta_norm":
-            update_B = _norm(_deltas(update, v_BCD, z_BCF, eta))
-            signal_B = update_B / _norm(weights.w_down_LDF[number].astype(jnp.float32)[None])
-        elif rule.signal == "redundancy":
-            added_BCD = _product("bcf,bdf->bcd", z_BCF, s_BDF.astype(z_BCF.dtype))
-            signal_B = own_signal(rule.signal, added_BCD, v_BCD, measured_BC)
-        else:
-            signal_B = own_signal(rule.signal, o_BCD, v_BCD, measured_BC)
         return None, (v_BCD, signal_B)
 
     learned = (weights.layer_n, weights.w_target_nDD, weights.conv_nWD)

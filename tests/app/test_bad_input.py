@@ -50,7 +50,6 @@ def new(tmp_path: Path) -> Path:
         ("train {config}", ["missing --workdir=..."]),
         ("prepare {config}", ["missing --output=..."]),
         ("eval {config}", ["missing --workdir=..."]),
-        ("generate --workdir={new} --prompt=a --gate=sometimes", ["--gate=sometimes", "always|never"]),
         ("export --workdir={new}", ["missing --output=..."]),
         ("train {config} --workdir={new} again", ["unexpected argument 'again'", "--flag=value"]),
         ("train {config} --workdri={new}", ["'workdri'", "workdir"]),
@@ -98,6 +97,10 @@ def test_help_is_no_error(world: World) -> None:
 def test_numbers_that_only_the_run_can_judge(straight: Path, new: Path, world: World) -> None:
     for flag, wanted in (
         ("--top_k=258", "--top_k=258 is more than model.vocab_size=257"),
+        ("--gate=sometimes", "--gate=sometimes: it must be one of 'always', 'never', 'random'"),
+        ("--gate=treshold", "'threshold'; did you mean 'threshold'?"),
+        ("--gate=forced", "--gate=forced: it must be one of 'always', 'never', 'random'"),
+        ("--gate_signal=nil", "'entropy'; did you mean 'nll'?"),
         ("--gate=threshold --gate_thresholds=nan", "--gate_thresholds=nan: these are not finite numbers"),
         ("--gate=threshold --gate_thresholds=high", "--gate_thresholds=high: these are not finite numbers"),
     ):

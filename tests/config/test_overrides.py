@@ -10,7 +10,8 @@ import pytest
 from intttrain.config import Config, default_config, resolve
 from intttrain.config.dotted import flatten
 from intttrain.config.errors import UserError
-from intttrain.config.overrides import _kinds, apply_overrides
+from intttrain.config.overrides import apply_overrides
+from intttrain.config.registry import kinds_of
 
 SCALING = "{'kind': 'yarn', 'factor': 4.0, 'original_max_position': 4096}"
 STORES: tuple[dict[str, Any], ...] = ({"path": "a", "weight": 1.0}, {"path": "b", "weight": 2.0})
@@ -46,7 +47,7 @@ def refusal(*overrides: str, **before: Any) -> str:
 def optional_keys(section: Any = Config, prefix: str = "") -> list[str]:
     keys = []
     for name, hint in get_type_hints(section).items():
-        kinds = _kinds(hint)
+        kinds = kinds_of(hint)
         keys += [f"{prefix}{name}"] if NoneType in kinds else []
         if len(kinds) == 1 and hasattr(kinds[0], "__dataclass_fields__"):
             keys += optional_keys(kinds[0], f"{prefix}{name}.")

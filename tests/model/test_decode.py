@@ -133,7 +133,7 @@ def test_every_split_into_prompt_and_decoding_equals_the_full_forward(name: str)
 
 
 @pytest.mark.parametrize("signal", ["reconstruction", "nll"])
-def test_every_split_makes_the_same_decisions(signal: ttt.Signal) -> None:
+def test_every_split_makes_the_same_decisions(signal: str) -> None:
     """Rows decide differently, and the full forward with these decisions gives the same logits."""
     gate = ttt.GateRule("threshold", signal, shared=True)
     params, reading = random_params(BASE), Reading(CHUNK, PADDED, gate)

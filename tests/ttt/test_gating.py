@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from intttrain.ttt.gating import GateRule, GateSettings, Rule, decide, init_gate_state, measured_tokens, own_signal
+from intttrain.config.registry import GATE_RULES, GATE_SIGNALS
+from intttrain.ttt.gating import GateRule, GateSettings, decide, init_gate_state
+from intttrain.ttt.signals import LayerChunk, measured_tokens
 
 ROWS = 4
 TAU = jnp.array([0.5, 0.25])  # of two layers
@@ -161,8 +163,13 @@ def test_rules_and_signals_that_cannot_work_together_are_named(rule, parts):
 
 
 def test_all_other_rules_have_no_problem():
-    for rule in Rule.__args__:
+    for rule in GATE_RULES.names():
         assert GateRule(rule).problem() is None
+
+
+def own_signal(signal, o, v, measured):
+    """Measures a signal of the layer that needs neither the state nor the update."""
+    return GATE_SIGNALS[signal].measure(LayerChunk(o, v, measured, lambda: None, lambda: None))
 
 
 def test_own_signals_are_what_they_say():

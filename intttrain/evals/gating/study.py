@@ -32,6 +32,7 @@ from intttrain.evals.gating.oracles import (
 from intttrain.evals.gating.report import GateCost, GateRow, GateSetting, GatingReport, make_gating_report
 from intttrain.evals.tables import aligned
 from intttrain.model import Params, model_flops_per_token
+from intttrain.ttt.gating import HindsightRule
 
 MIN_CALIBRATION_CHUNKS = 100
 Report = Callable[[str], None]
@@ -85,7 +86,7 @@ def _check_updates(config: Config) -> None:
         raise UserError(f"run {config.name!r} has model.ttt=None, so there is no update to gate; name a run with TTT")
 
 
-_Gate = tuple[str, ttt.GateRule, float]  # name in the report, rule, rate
+_Gate = tuple[ttt.GateRule, float]  # rule, rate
 
 
 def _gates(config: Config) -> Iterator[_Gate]:
@@ -93,22 +94,20 @@ def _gates(config: Config) -> Iterator[_Gate]:
     study = config.eval.gating
     refused = []
     for name in study.rules:
-        if name in ("periodic", "random"):
-            yield from ((name, ttt.GateRule(name, shared=study.shared), rate) for rate in study.rates)
-            continue
-        rule_name: ttt.Rule = "threshold" if name == "percentile" else "online" if name == "topk" else name
-        for signal, side in itertools.product(study.signals, study.update_on):
-            rule = ttt.GateRule(rule_name, signal, side, study.shared)
+        blind = ttt.GateRule(name, shared=study.shared)
+        looks = itertools.product(study.signals, study.update_on)
+        rules = (ttt.GateRule(name, *look, study.shared) for look in looks) if blind.uses_signal else (blind,)
+        for rule in rules:
             if problem := rule.problem():
                 refused.append(problem)
                 continue
-            yield from ((name, rule, rate) for rate in study.rates)
+            yield from ((rule, rate) for rate in study.rates)
     if refused and len(study.signals) * len(study.update_on) == 1:
         raise UserError(f"eval.gating: {refused[0]}")
 
 
 def _needs_thresholds(config: Config) -> bool:
-    return bool({"percentile", "ponder_ema", "ponder_ema_code"} & set(config.eval.gating.rules))
+    return any(ttt.GateRule(name).definition.thresholds for name in config.eval.gating.rules)
 
 
 def calibrate(
@@ -171,7 +170,7 @@ class Calibration:
         return "\n".join([head, "", *aligned(cells)]) + "\n"
 
 
-def _watch(reader: GatedDocuments, signal: ttt.Signal, shared: bool) -> Gated:
+def _watch(reader: GatedDocuments, signal: str, shared: bool) -> Gated:
     """Records a signal while every chunk is written."""
     everything = np.full(reader.layers, -np.inf, np.float32)
     return reader.read(ttt.GateRule("threshold", signal, shared=shared), ttt.GateSettings(threshold_n=everything))
@@ -209,9 +208,10 @@ def _study_length(
     if "tree" in study.oracles and live_gates(weights_NM)[0].sum() <= MAX_TREE_GATES:
         oracles["tree"] = enumerate_decisions(losses, weights_NM).best()
     noisy, noisy_M = reader.shuffled(config.eval.seed)
-    for name, rule, rate in gates:
-        settings = _settings(name, rule, rate, thresholds, config)
-        found = _topk(reader, rule, rate) if name == "topk" else reader.read(rule, settings)
+    for rule, rate in gates:
+        settings = _settings(rule, rate, thresholds, config)
+        chooses = rule.definition if isinstance(rule.definition, HindsightRule) else None
+        found = reader.read(rule, settings) if chooses is None else _in_hindsight(reader, rule, chooses, rate)
         outcome = make_outcome(found.gates_NMn, found.nll_NM, weights_NM)
         own = dict(oracles)
         if "first_order" in study.oracles:
@@ -224,10 +224,10 @@ def _study_length(
         )  # fmt: skip
         side: Literal[1, -1] = 1 if rule.update_on == "high" else -1
         signal = rule.signal if rule.uses_signal else None
-        setting = GateSetting(name, signal, side if signal else None, rate, length)
+        setting = GateSetting(rule.rule, signal, side if signal else None, rate, length)
         report(f"  {setting.line} at {rate:g}: {metrics.rate:.3f} written, {found.seconds:.1f} s")
         shuffled, flops = None, None
-        if name != "topk":  # which is no rule that reads as it goes
+        if chooses is None:  # a rule that reads as it goes
             flops = reader.compiled_flops(rule, settings)
             if signal and noisy_M.any():
                 seen_NMn = noisy.read(rule, settings).gates_NMn
@@ -241,23 +241,16 @@ def _study_length(
         yield GateRow(setting, metrics, cost, shuffled)
 
 
-def _settings(name: str, rule: ttt.GateRule, rate: float, thresholds: Thresholds, config: Config) -> ttt.GateSettings:
-    """Returns the numbers of a rule; those of the published one begin at the threshold for its rate."""
-    threshold_n = None
-    if name in ("percentile", "ponder_ema", "ponder_ema_code"):
-        threshold_n = thresholds[rule.signal, rule.update_on, rate]
+def _settings(rule: ttt.GateRule, rate: float, thresholds: Thresholds, config: Config) -> ttt.GateSettings:
+    """Returns the numbers of a rule; one with thresholds has, or begins at, those for its rate."""
+    threshold_n = thresholds[rule.signal, rule.update_on, rate] if rule.definition.thresholds else None
     return ttt.GateSettings(rate=rate, threshold_n=threshold_n, seed=config.eval.seed)
 
 
-def _topk(reader: GatedDocuments, rule: ttt.GateRule, rate: float) -> Gated:
-    """Writes, of every document and layer, the chunks whose signals stand out when all are written: not causal."""
+def _in_hindsight(reader: GatedDocuments, rule: ttt.GateRule, chooses: HindsightRule, rate: float) -> Gated:
+    """Writes the chunks that are chosen from the signals of all, recorded while every chunk is written: not causal."""
     watched = _watch(reader, rule.signal, rule.shared)
-    sign = 1.0 if rule.update_on == "high" else -1.0
-    live_M = live_gates(reader.weights_NM)[0]
-    kept = round(rate * int(live_M.sum()))
-    score_NMn = np.where(live_M[None, :, None], sign * watched.signal_NMn, -np.inf)
-    rank_NMn = np.argsort(np.argsort(-score_NMn, axis=1, kind="stable"), axis=1, kind="stable")
-    gates_NMn = (rank_NMn < kept).astype(np.float32)
+    gates_NMn = chooses.choose(rule.sign * watched.signal_NMn, live_gates(reader.weights_NM)[0], rate)
     found = reader.read(ttt.GateRule("forced"), ttt.GateSettings(forced_nBM=np.moveaxis(gates_NMn, 2, 0)))
     return found._replace(gates_NMn=gates_NMn, signal_NMn=watched.signal_NMn)
 

@@ -1,0 +1,3 @@
+"""Fails while it is imported."""
+
+raise_at_import = 1 / 0
