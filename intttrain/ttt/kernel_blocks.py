@@ -11,7 +11,8 @@ from itertools import product
 from typing import NamedTuple
 
 from intttrain.layout import hardware
-from intttrain.layout.sharding import axis_size, device_kind, platform
+from intttrain.layout.axes import RULES
+from intttrain.layout.sharding import device_kind, pieces_of, platform
 from intttrain.ttt.kernel import HANDED_ROWS, LANES, Machine, RecurrenceBlocks, SuffixBlocks
 from intttrain.ttt.transforms import DeltaTransform
 
@@ -48,8 +49,9 @@ def supports(transform: DeltaTransform) -> str:
         return f"{device_kind()} has too little on-chip memory; they run on {', '.join(VMEM_MIB)}"
     if transform != DeltaTransform():
         return "they have no bounds on updates and no row norms (ttt.delta_clip, delta_spectral, preserve_row_norm)"
-    if axis_size("tensor") > 1:
-        return f"mesh.tensor={axis_size('tensor')} cuts the state, which only XLA does; they need mesh.tensor=1"
+    if (pieces := pieces_of(None, "mlp")) > 1:
+        axes = " x ".join(f"mesh.{axis}" for axis in RULES["mlp"])
+        return f"{axes}={pieces} cuts the state, which only XLA does; they need {axes}=1"
     return ""
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from intttrain.config import MeshConfig, default_config, resolve
 from intttrain.config.errors import UserError
-from intttrain.layout.mesh import AXES, resolve_mesh
+from intttrain.layout.axes import AXES
+from intttrain.layout.mesh import resolve_mesh
 from intttrain.layout.sharding import check_batch, constrain, named_shardings, partition_spec
 
 
@@ -30,7 +31,7 @@ def mesh(**sizes: int) -> jax.sharding.AbstractMesh:
     ],
 )
 def test_sizes(config, devices, sizes):
-    assert resolve_mesh(config, devices).sizes() == sizes
+    assert tuple(resolve_mesh(config, devices).sizes.values()) == sizes
 
 
 @pytest.mark.parametrize(
