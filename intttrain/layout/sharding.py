@@ -48,7 +48,12 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def per_device(
-    function: Callable[..., Any], in_axes: PyTree, out_axes: PyTree, *, left_to_xla: tuple[str, ...] = ()
+    function: Callable[..., Any],
+    in_axes: PyTree,
+    out_axes: PyTree,
+    *,
+    left_to_xla: tuple[str, ...] = (),
+    checked: bool = True,
 ) -> Any:
     """Returns ``function`` to be run by every device on its own pieces; it does its own communication.
 
@@ -57,6 +62,8 @@ def per_device(
       in_axes, out_axes: as the arguments and results of ``function``: logical names of the dims of each array.
       left_to_xla: mesh axes along which arrays stay whole to ``function`` and XLA divides its work; none of the logical
         names may lie on them.
+      checked: whether JAX, while it traces, follows along which axes values differ and refuses a result that differs
+        along an axis that ``out_axes`` says nothing of: a sum that is missing. A caller that says False says why.
 
     Where no mesh is in use the pieces are whole, and ``function`` itself is returned.
     """
@@ -65,7 +72,7 @@ def per_device(
     is_axes = lambda x: type(x) is tuple and all(name is None or isinstance(name, str) for name in x)  # noqa: E731
     in_specs, out_specs = (jax.tree.map(partition_spec, axes, is_leaf=is_axes) for axes in (in_axes, out_axes))
     manual = set(jax.sharding.get_abstract_mesh().axis_names) - set(left_to_xla)
-    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names=manual, check_vma=False)
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names=manual, check_vma=checked)
 
 
 def _sharded() -> bool:
@@ -110,6 +117,16 @@ def sum_gradient(gradient: jax.Array, *names: str | None) -> jax.Array:
             gradient = jax.lax.psum_scatter(gradient, axes, scatter_dimension=dim, tiled=True)
         rest = [axis for axis in rest if axis not in axes]
     return jax.lax.psum(gradient, tuple(rest)) if rest else gradient
+
+
+def differing(x: jax.Array, *names: str) -> jax.Array:
+    """Inside ``per_device``: the same numbers, taken for different ones on the devices that these names' axes separate.
+
+    JAX refuses a loop that begins with a constant, the same everywhere, and adds to it what each device finds. The
+    program gets no operation by it.
+    """
+    left = set(jax.sharding.get_abstract_mesh().manual_axes) - jax.typeof(x).manual_axis_type.varying
+    return jax.lax.pcast(x, tuple(axis for name in names for axis in RULES[name] if axis in left), to="varying")
 
 
 def position_on(name: str) -> jax.Array | int:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from intttrain.layout.sharding import max_over, per_device, position_on, sum_over
+from intttrain.layout.sharding import differing, max_over, per_device, position_on, sum_over
 from intttrain.model.linear import table_gradient, whole_table
 
 _HIDDEN, _TOKENS, _TABLE = ("batch", "tokens", "width"), ("batch", "tokens"), ("vocab", "embed")
@@ -87,7 +87,8 @@ def _backward(
             return dtable_vD, sum_over(dhidden_bcD, "vocab")
 
         inputs = tuple(_cut(x, block_tokens) for x in (hidden_btD, labels_bt, lse_bt, dnll_bt))
-        dtable_vD, dhidden_JbcD = jax.lax.scan(block, jnp.zeros(table_vD.shape, jnp.float32), inputs)
+        zeros_vD = differing(jnp.zeros(table_vD.shape, jnp.float32), "batch", "tokens", "vocab")
+        dtable_vD, dhidden_JbcD = jax.lax.scan(block, zeros_vD, inputs)
         dweight_vd = table_gradient(dtable_vD, gradient_dtype)
         return _join(dhidden_JbcD, hidden_btD.shape[1]), dweight_vd.astype(weight_vd.dtype)
 

@@ -18,6 +18,7 @@ d = D / n, R stretches or rows that run one after the other.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +27,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from intttrain.layout.axes import ROW_AXIS, RULES
 from intttrain.layout.scan import scan
-from intttrain.layout.sharding import constrain, gather_pieces, per_device, pieces_of, position_on, sum_gradient
+from intttrain.layout.sharding import constrain, differing, gather_pieces, per_device, pieces_of, position_on, sum_gradient
 from intttrain.ttt import chunked, kernel_scans
 from intttrain.ttt.chunked import Chunks, Forward, Gradients, empty_state, read_back, read_scale, written_state
 from intttrain.ttt.kernel_blocks import Kernels
@@ -126,7 +127,8 @@ def _forward(
     options: Options, w_DF: Array, eta: Array, s_in_BDF: Array | None, batch: Chunks
 ) -> tuple[Scanned, tuple[Any, ...]]:
     def local(w_dF: Array, eta: Array, s_in_BDF: Array | None, batch: Chunks) -> tuple[Any, ...]:
-        w_DF = gather_pieces(w_dF, *_WEIGHT, 0).astype(jnp.float32)
+        w_DF = differing(gather_pieces(w_dF, *_WEIGHT, 0).astype(jnp.float32), *_CHUNKS)
+        eta = differing(eta, *_CHUNKS)
         given, last_BDF = s_in_BDF is not None, None
         s_in_RDF, rows = s_in_BDF, batch
         if pieces_of(None, "tokens") > 1:
@@ -144,9 +146,8 @@ def _forward(
         return _shaped_as(batch, options, found), s_end_BDF if given else None, kept_nRDF
 
     in_axes, out_axes = (_WEIGHT, (), _STATE, _BATCH), (_FORWARD, _STATE, _STATES)
-    read, s_end_BDF, s_in_nRDF = per_device(local, in_axes, out_axes, left_to_xla=options.left_to_xla)(
-        w_DF, eta, s_in_BDF, batch
-    )
+    run_local = _per_device(options, local, in_axes, out_axes, with_states=s_in_BDF is not None)
+    read, s_end_BDF, s_in_nRDF = run_local(w_DF, eta, s_in_BDF, batch)
     if pieces_of(None, "tokens") > 1:
         s_in_nRDF = checkpoint_name(s_in_nRDF, STATE_NAME)
     return Scanned(read, s_end_BDF), (w_DF, eta, s_in_nRDF, batch, read.scale_MD)
@@ -157,7 +158,8 @@ def _backward(options: Options, residuals: tuple[Any, ...], cotangents: Scanned)
         w_dF: Array, eta: Array, s_in_nRDF: Array | None, batch: Chunks, scale_BMD: Array | None, do_BMCD: Array,
         g_end_BDF: Array | None,
     ) -> tuple[Any, ...]:  # fmt: skip
-        w_DF = gather_pieces(w_dF, *_WEIGHT, 0).astype(jnp.float32)
+        w_DF = differing(gather_pieces(w_dF, *_WEIGHT, 0).astype(jnp.float32), *_CHUNKS)
+        eta = differing(eta, *_CHUNKS)
         if scale_BMD is not None:
             scaled_BMCD = do_BMCD.astype(jnp.float32) * read_scale(scale_BMD, batch.reads_MC)
             do_BMCD = scaled_BMCD.astype(do_BMCD.dtype)
@@ -182,13 +184,25 @@ def _backward(options: Options, residuals: tuple[Any, ...], cotangents: Scanned)
 
     in_axes = (_WEIGHT, (), _STATES, _BATCH, _CHUNKS, _CHUNKS, _STATE)
     out_axes = (_WEIGHT, (), _STATE, _CHUNKS, _CHUNKS, _CHUNKS)
-    dw_DF, deta, ds_BDF, dz_BMCF, dv_BMCD, dgates_BM = per_device(
-        local, in_axes, out_axes, left_to_xla=options.left_to_xla
-    )(*residuals, cotangents.read.o_MCD, cotangents.s_end_BDF)
+    run_local = _per_device(options, local, in_axes, out_axes, with_states=cotangents.s_end_BDF is not None)
+    dw_DF, deta, ds_BDF, dz_BMCF, dv_BMCD, dgates_BM = run_local(
+        *residuals, cotangents.read.o_MCD, cotangents.s_end_BDF
+    )
     return dw_DF, deta, ds_BDF, Chunks(dz_BMCF, dv_BMCD, None, None, None, dgates_BM)  # type: ignore[arg-type]
 
 
 _scan_rows.defvjp(_forward, _backward)
+
+
+def _per_device(options: Options, local: Callable[..., Any], in_axes: Any, out_axes: Any, *, with_states: bool) -> Any:
+    """Returns ``local`` for every device, checked by JAX in training without kernels.
+
+    Not with kernels, because JAX wants every ``pallas_call`` to say along which axes its results differ, and these do
+    not know. Nor with states that come in and go out: all shards of a row end with the same state, but it comes from an
+    ``all_gather``, whose results JAX takes for different ones.
+    """
+    checked = options.kernels is None and not with_states
+    return per_device(local, in_axes, out_axes, left_to_xla=options.left_to_xla, checked=checked)
 
 
 def _as_rows(options: Options, s_in_BDF: Array | None, tree: Any) -> tuple[Array, Any]:
