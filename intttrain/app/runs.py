@@ -24,6 +24,7 @@ from typing import Any
 import jax
 
 from intttrain.config import Config, as_dict, resolve
+from intttrain.config.completion import unknown_keys
 from intttrain.config.dotted import flatten, unflatten
 from intttrain.config.errors import UserError, user_error
 from intttrain.config.run_stages import make_stages, stage_before
@@ -139,10 +140,16 @@ def has_run(workdir: Place) -> bool:
 
 def last_step(workdir: Place) -> int:
     """Returns the step with which the run in ``workdir`` ends. Raises ``UserError`` if its file is damaged."""
-    return _run_config(_read_identity(workdir / CONFIG_FILE)).train.num_steps
+    return _run_config(workdir / CONFIG_FILE, _read_identity(workdir / CONFIG_FILE)).train.num_steps
 
 
-def _run_config(identity: Identity) -> Config:
+def _run_config(path: Place, identity: Identity) -> Config:
+    """Returns the configuration of a run; a key that the schema gained since has its default."""
+    if unknown := unknown_keys(identity.flat_config):
+        raise UserError(
+            f"{path} has {', '.join(unknown)}, which this version of intttrain does not know; use the version that made "
+            f"the run: its checkpoints name it"
+        )
     return resolve(unflatten(identity.flat_config))
 
 
@@ -172,7 +179,7 @@ def load_trained(
     if not has_run(workdir):
         raise UserError(f"{flag}={workdir} holds no run ({CONFIG_FILE} is missing); train first or correct the path")
     identity = _read_identity(workdir / CONFIG_FILE)
-    config = _run_config(identity)
+    config = _run_config(workdir / CONFIG_FILE, identity)
     with Checkpoints(str(workdir / "checkpoints"), config.train.checkpoint, read_only=True) as checkpoints:
         step = checkpoints.latest_step() if step is None else step
         if step is None:

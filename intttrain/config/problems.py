@@ -39,24 +39,24 @@ def _follow(loc: tuple[str | int, ...], section: Any) -> tuple[Any, list[str]]:
         path.append(str(part))
         if isinstance(part, str):
             hint = get_type_hints(section)[part]
-            found = _sections_in(hint)
+            found = sections_in(hint)
             section = found[0] if len(found) == 1 else section
-            choices = {_tag(cls): cls for cls in found} if len(found) > 1 else {}
+            choices = {tag_of(cls): cls for cls in found} if len(found) > 1 else {}
     last = loc[-1]
     return section, path if last in choices else [*path, str(last)]
 
 
-def _sections_in(hint: Any) -> list[Any]:
+def sections_in(hint: Any) -> list[Any]:
     """Returns the configuration classes that an annotation mentions."""
     if dataclasses.is_dataclass(hint):
         return [hint]
-    return [cls for part in get_args(hint) for cls in _sections_in(part)]
+    return [cls for part in get_args(hint) for cls in sections_in(part)]
 
 
 def _tags(section: Any, name: str) -> list[str]:
     """Returns the kinds to choose from for a field of ``section``."""
-    return [_tag(cls) for cls in _sections_in(get_type_hints(section)[name])]
+    return [tag_of(cls) for cls in sections_in(get_type_hints(section)[name])]
 
 
-def _tag(cls: Any) -> str:
+def tag_of(cls: Any) -> str:
     return str(get_args(get_type_hints(cls)["kind"])[0])
