@@ -147,8 +147,8 @@ def _run_config(path: Place, identity: Identity) -> Config:
     """Returns the configuration of a run; a key that the schema gained since has its default."""
     if unknown := unknown_keys(identity.flat_config):
         raise UserError(
-            f"{path} has {', '.join(unknown)}, which this version of intttrain does not know; use the version that made "
-            f"the run: its checkpoints name it"
+            f"{path} has {', '.join(unknown)}, which this version of intttrain does not know; use the version that "
+            "made the run, which its checkpoints name"
         )
     return resolve(unflatten(identity.flat_config))
 

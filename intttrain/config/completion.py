@@ -72,4 +72,6 @@ def _section(section: Any, name: str, value: Any) -> Any:
 
 
 def _plain(default: Any) -> Any:
-    return dataclasses.asdict(default) if dataclasses.is_dataclass(default) and not isinstance(default, type) else default
+    return (
+        dataclasses.asdict(default) if dataclasses.is_dataclass(default) and not isinstance(default, type) else default
+    )

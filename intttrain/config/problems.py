@@ -59,4 +59,5 @@ def _tags(section: Any, name: str) -> list[str]:
 
 
 def tag_of(cls: Any) -> str:
+    """Returns the ``kind`` by which a section is told from others in its place."""
     return str(get_args(get_type_hints(cls)["kind"])[0])

@@ -195,7 +195,9 @@ def check_batch(config: Config, mesh: Mesh) -> None:
             f"rows, which {_split(mesh, 'batch')} does not divide; use "
             f"train.batch_rows={' or '.join(str(choice * config.train.microbatches) for choice in choices)}"
         )
-    check_row_order(config.model, "data.seq_len", config.data.seq_len, pieces_of(mesh, "tokens"), pieces_of(mesh, "heads"))
+    check_row_order(
+        config.model, "data.seq_len", config.data.seq_len, pieces_of(mesh, "tokens"), pieces_of(mesh, "heads")
+    )
 
 
 def check_evaluation(config: Config, mesh: Mesh) -> None:
@@ -207,7 +209,9 @@ def check_evaluation(config: Config, mesh: Mesh) -> None:
             f"{_split(mesh, 'batch')} does not divide the rows of "
             f"eval.batch_rows={rows}; use eval.batch_rows={' or '.join(map(str, choices))}, or other axes of the mesh"
         )
-    check_row_order(config.model, "eval.seq_len", config.eval.seq_len, pieces_of(mesh, "tokens"), pieces_of(mesh, "heads"))
+    check_row_order(
+        config.model, "eval.seq_len", config.eval.seq_len, pieces_of(mesh, "tokens"), pieces_of(mesh, "heads")
+    )
 
 
 def _nearest_multiples(rows: int, pieces: int) -> list[int]:

@@ -13,8 +13,9 @@ from intttrain.config.errors import UserError
 from intttrain.train.checkpoint import CheckpointInfo
 
 # Configuration keys that a resumed run may change, with the reason. Every other key is part of the run's identity, and
-# a key that is added to the schema binds until somebody lists it here. train.batch_rows is not listed although the data cursor counts
-# rows: nothing would be lost or repeated, but the run would no longer be the one its schedule describes.
+# a value of a key that is added to the schema binds until somebody lists the key here. train.batch_rows is not listed
+# although the data cursor counts rows: nothing would be lost or repeated, but the run would no longer be the one its
+# schedule describes.
 FREE_TO_CHANGE: Mapping[str, str] = types.MappingProxyType(
     {
         "name": "a label",
@@ -44,7 +45,8 @@ def check_compatible(info: CheckpointInfo, flat_config: Mapping[str, Any], finge
     """Checks that a run with this configuration and data continues the one that saved ``info``.
 
     Keys that match ``FREE_TO_CHANGE`` may differ, and so may the paths of the token stores as long as their
-    fingerprint is the same. A key that one side does not have, because the schema gained it since, has its default there.
+    fingerprint is the same. A key that one side does not have, because the schema gained it since, has its default
+    there.
 
     Raises:
       UserError: lists every difference with both values.

@@ -27,7 +27,15 @@ from jax.ad_checkpoint import checkpoint_name
 
 from intttrain.layout.axes import ROW_AXIS, RULES
 from intttrain.layout.scan import scan
-from intttrain.layout.sharding import constrain, differing, gather_pieces, per_device, pieces_of, position_on, sum_gradient
+from intttrain.layout.sharding import (
+    constrain,
+    differing,
+    gather_pieces,
+    per_device,
+    pieces_of,
+    position_on,
+    sum_gradient,
+)
 from intttrain.ttt import chunked, kernel_scans
 from intttrain.ttt.chunked import Chunks, Forward, Gradients, empty_state, read_back, read_scale, written_state
 from intttrain.ttt.kernel_blocks import Kernels
@@ -199,8 +207,8 @@ def _per_device(options: Options, local: Callable[..., Any], in_axes: Any, out_a
 
     Not with kernels, because JAX wants every ``pallas_call`` to say along which axes its results differ, and these do
     not know. Not with states that come in and go out: all shards of a row end with the same state, but it comes from an
-    ``all_gather``, whose results JAX takes for different ones. Nor with bounds or row norms, whose gradients JAX derives
-    inside of ``local``: checked, it turns their constants into arrays that the scan carries.
+    ``all_gather``, whose results JAX takes for different ones. Nor with bounds or row norms, whose gradients JAX
+    derives inside of ``local``: checked, it turns their constants into arrays that the scan carries.
     """
     checked = options.kernels is None and not with_states and options.transform == DeltaTransform()
     return per_device(local, in_axes, out_axes, left_to_xla=options.left_to_xla, checked=checked)

@@ -1,7 +1,7 @@
 """Makes the run that is kept beside the tests: ``python -m tests.app.stored_run FOLDER``, an empty or missing one.
 
-``tests/app/stored/format_2`` was made so at format 2 (jax 0.10.2, intttrain 0.1), and is never made again: it stands for
-the runs that people have. A folder of another name joins it when ``checkpoint_info.FORMAT`` is raised. It holds
+``tests/app/stored/format_2`` was made so at format 2 (jax 0.10.2, intttrain 0.1.0), and is never made again: it stands
+for the runs that people have. Another folder joins it when ``checkpoint_info.FORMAT`` is raised. It holds
 
     store/          the token store of eight short documents
     run/            a workdir with config.json and the checkpoint of step 2

@@ -19,7 +19,9 @@ from tests.app.stored_run import KEPT_STEP, LAST_STEP, SHOWN
 
 FOLDER = Path(__file__).parent / "stored" / f"format_{checkpoint_info.FORMAT}"
 # Stand for fields that the schema gained after the run began: scalars, an optional section, two whole sections.
-GAINED = ("model.ttt.preserve_row_norm", "model.tie_embeddings", "model.rope.scaling", "train.stages", "mesh.", "train.skip.")
+GAINED = (
+    "model.ttt.preserve_row_norm", "model.tie_embeddings", "model.rope.scaling", "train.stages", "mesh.", "train.skip.",
+)  # fmt: skip
 CONFIG_TEXT = """
 import json
 import ml_collections

@@ -41,7 +41,9 @@ class WithReplica(MeshConfig):
 def config(**sizes: int) -> Config:
     plain = tiny(True)
     return dataclasses.replace(
-        plain, model=dataclasses.replace(plain.model, remat="none", num_layers=1), mesh=WithReplica(**{"fsdp": 1} | sizes)
+        plain,
+        model=dataclasses.replace(plain.model, remat="none", num_layers=1),
+        mesh=WithReplica(**{"fsdp": 1} | sizes),
     )
 
 
