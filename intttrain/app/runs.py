@@ -24,8 +24,10 @@ from typing import Any
 import jax
 
 from intttrain.config import Config, as_dict, resolve
+from intttrain.config.completion import unknown_keys
 from intttrain.config.dotted import flatten, unflatten
 from intttrain.config.errors import UserError, user_error
+from intttrain.config.registry import import_plugins
 from intttrain.config.run_stages import make_stages, stage_before
 from intttrain.data import Tokenizer, make_tokenizer, mixture_fingerprint, open_stores
 from intttrain.layout.sharding import named_shardings, with_sharding
@@ -139,20 +141,27 @@ def has_run(workdir: Place) -> bool:
 
 def last_step(workdir: Place) -> int:
     """Returns the step with which the run in ``workdir`` ends. Raises ``UserError`` if its file is damaged."""
-    return _run_config(_read_identity(workdir / CONFIG_FILE)).train.num_steps
+    return _run_config(workdir / CONFIG_FILE, _read_identity(workdir / CONFIG_FILE)).train.num_steps
 
 
-def _run_config(identity: Identity) -> Config:
-    return resolve(unflatten(identity.flat_config))  # which imports the run's plugins
+def _run_config(path: Place, identity: Identity) -> Config:
+    """Returns the configuration of a run; a key that the schema gained since has its default."""
+    import_plugins(identity.flat_config.get("plugins", ()))  # which know their own keys
+    if unknown := unknown_keys(identity.flat_config):
+        raise UserError(
+            f"{path} has {', '.join(unknown)}, which this version of intttrain does not know; use the version that "
+            "made the run, which its checkpoints name"
+        )
+    return resolve(unflatten(identity.flat_config))
 
 
 def read_config(workdir: Place, flag: str = "--workdir") -> Config:
     """Returns the configuration of the run in ``workdir``, which ``flag`` named.
 
     Raises:
-      UserError: there is no run, its file is damaged, or one of its plugins cannot be imported.
+      UserError: there is no run, its file is damaged or of another version, or a plugin cannot be imported.
     """
-    return _run_config(_identity_of(workdir, flag))
+    return _run_config(workdir / CONFIG_FILE, _identity_of(workdir, flag))
 
 
 def _identity_of(workdir: Place, flag: str) -> Identity:
@@ -185,7 +194,7 @@ def load_trained(
       UserError: no run, no such step, a damaged checkpoint, or the tokenizer file changed or went away.
     """
     identity = _identity_of(workdir, flag)
-    config = _run_config(identity)
+    config = _run_config(workdir / CONFIG_FILE, identity)
     with Checkpoints(str(workdir / "checkpoints"), config.train.checkpoint, read_only=True) as checkpoints:
         step = checkpoints.latest_step() if step is None else step
         if step is None:

@@ -55,6 +55,15 @@ def _choices(hint: Any) -> dict[str, Any]:
     return {"": found[0]} if len(found) == 1 else {_tag(cls): cls for cls in found}
 
 
+def section_of(section: Any, name: str, value: Any) -> Any:
+    """Returns the class of the section that ``value``, a mapping of the field ``name``, is; ``None`` for no section."""
+    hint = hints_of(section)[name]
+    choices, kind = _choices(hint), value.get("kind")
+    if isinstance(hint, Registry):
+        kind = hint.kind_of(value)
+    return choices.get("") or choices.get(kind)
+
+
 def _sections_in(hint: Any) -> list[Any]:
     """Returns the configuration classes that an annotation mentions."""
     if dataclasses.is_dataclass(hint):

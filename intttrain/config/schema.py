@@ -39,7 +39,7 @@ from intttrain.config.literals import (
 )
 from intttrain.config.problems import explain_problem
 from intttrain.config.registry import OPTIMIZERS, SCHEDULES, SOURCES, Registry, SectionOf, hints_of, import_plugins
-from intttrain.config.training import STAGE_KEYS, AdamWConfig, CheckpointConfig, ScheduleConfig, TrainConfig
+from intttrain.config.training import STAGE_VALUES, AdamWConfig, CheckpointConfig, ScheduleConfig, TrainConfig
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -215,13 +215,20 @@ class DataConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class MeshConfig:
-    """How devices are arranged: the product of the four axes is their number (``docs/sharding.md``)."""
+    """How devices are arranged: the product of all axes is their number (``layout/axes.py``, ``docs/sharding.md``)."""
 
     data: PositiveInt = 1  # whole copies of the parameters; the slices of a multi-slice job lie along it
     fsdp: PositiveInt | None = None  # pieces that parameters and optimizer are cut into; None = all devices left over
     context: PositiveInt | None = 1  # pieces of every row; None = all devices left over, beside a given fsdp
     tensor: PositiveInt = 1  # pieces of heads, feed-forward width and vocabulary
     slices: PositiveInt = 1  # TPU slices, joined by the data-center network; divides data
+
+
+# The keys that a stage may set.
+STAGE_KEYS = (
+    *STAGE_VALUES,
+    *(f"mesh.{field.name}" for field in dataclasses.fields(MeshConfig) if field.name != "slices"),
+)
 
 
 @dataclass(frozen=True, config=STRICT)

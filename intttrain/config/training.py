@@ -69,10 +69,10 @@ class SkipConfig:
     spike_deviations: PositiveFloat | None = None  # a spike is so far above the running mean of the loss; None = never
 
 
-# What the stages of one run may set differently: neither the parameters nor the order of the text depend on these.
-STAGE_KEYS = (
+# What the stages of one run may set differently, beside the sizes of all mesh axes: neither the parameters nor the
+# order of the text depend on these.
+STAGE_VALUES = (
     "data.seq_len", "train.batch_rows", "train.microbatches",
-    "mesh.data", "mesh.fsdp", "mesh.context", "mesh.tensor",
     "model.rope.theta", "model.rope.scaling", "model.sliding_window", "model.ttt.chunk_tokens", "model.ttt.eta",
     "model.attention", "model.remat", "model.loss_chunk_tokens", "model.ttt.implementation",
 )  # fmt: skip
@@ -83,7 +83,7 @@ class StageConfig:
     """A part of a run with values of its own, for example rows of another length."""
 
     until_step: PositiveInt  # the last step of the stage
-    overrides: dict[str, Any] = dataclasses.field(hash=False)  # dotted key (one of STAGE_KEYS) -> value
+    overrides: dict[str, Any] = dataclasses.field(hash=False)  # dotted key (one of schema.STAGE_KEYS) -> value
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -1,16 +1,11 @@
-"""Devices arranged as a mesh with the axes ``data``, ``fsdp``, ``context`` and ``tensor``.
-
-Neighbouring devices lie along ``tensor`` first, then ``context``, ``fsdp`` and ``data``: the axis that talks most has
-the shortest way. Slices of a multi-slice job lie along ``data``, so only the gradient sum crosses the data-center
-network.
-"""
+"""Devices arranged as a mesh with the axes of ``layout/axes.py``, whose sizes are configured (``MeshConfig``)."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -18,26 +13,18 @@ from jax.experimental import mesh_utils
 
 from intttrain.config import MeshConfig
 from intttrain.config.errors import UserError, nearest_divisors
-
-AXES = ("data", "fsdp", "context", "tensor")
+from intttrain.layout.axes import AXES, SLICES_AXIS, check_axes
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshShape:
-    """Size of every axis, ``None`` resolved."""
+    """Size of every axis in the order of ``AXES``, ``None`` resolved."""
 
-    data: int
-    fsdp: int
-    context: int
-    tensor: int
+    sizes: Mapping[str, int]
     slices: int = 1
 
-    def sizes(self) -> tuple[int, int, int, int]:
-        """Returns the sizes in the order of ``AXES``."""
-        return (self.data, self.fsdp, self.context, self.tensor)
-
     def __str__(self) -> str:
-        shown = [f"{axis} {size}" for axis, size in zip(AXES, self.sizes(), strict=True) if size > 1]
+        shown = [f"{axis} {size}" for axis, size in self.sizes.items() if size > 1]
         slices = f" over {self.slices} slices" if self.slices > 1 else ""
         return (" x ".join(shown) or "1 device") + slices
 
@@ -47,10 +34,12 @@ def resolve_mesh(config: MeshConfig, device_count: int) -> MeshShape:
 
     Raises:
       UserError: the axes do not multiply to the number of devices, or the slices cannot be equal.
+      ValueError: the axes of the configuration are not those of the table.
     """
+    values = dataclasses.asdict(config)
+    check_axes(values.keys() - {"slices"})
     if device_count % config.slices:
         raise UserError(f"mesh.slices={config.slices} does not divide the {device_count} devices")
-    values = dataclasses.asdict(config)
     sizes = {axis: values[axis] for axis in AXES}
     free = [axis for axis, size in sizes.items() if size is None]
     product = math.prod(size for size in sizes.values() if size is not None)
@@ -69,7 +58,7 @@ def resolve_mesh(config: MeshConfig, device_count: int) -> MeshShape:
         else:
             choice = f"use axes whose product is {device_count}, or run on {product} devices"
         raise UserError(f"{given} = {product}, but there are {device_count} devices; {choice}")
-    return MeshShape(**sizes, slices=config.slices)
+    return MeshShape(sizes, config.slices)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
@@ -81,8 +70,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     devices = list(jax.devices() if devices is None else devices)
     shape = resolve_mesh(config, len(devices))
     groups = _slices(devices, shape.slices)
-    inner = (shape.data // shape.slices, shape.fsdp, shape.context, shape.tensor)
-    arranged = np.concatenate([_arrange(inner, group) for group in groups], axis=0)
+    inner = tuple(size // shape.slices if axis == SLICES_AXIS else size for axis, size in shape.sizes.items())
+    arranged = np.concatenate([_arrange(inner, group) for group in groups], axis=AXES.index(SLICES_AXIS))
     return jax.sharding.Mesh(arranged, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
 
 

@@ -26,10 +26,10 @@ from jaxtyping import Array, Float, Int
 
 from intttrain.config import ModelConfig
 from intttrain.config.errors import UserError
+from intttrain.layout.axes import ROW_AXIS
 from intttrain.layout.row_order import Ranges, context_way, halo_tokens, is_balanced, stored_ranges, stored_units
 from intttrain.layout.sharding import (
     Axes,
-    axis_size,
     constrain,
     gather_pieces,
     per_device,
@@ -41,7 +41,6 @@ from intttrain.model.attention import banded_attention, dense_attention, visible
 from intttrain.model.splash import attend_rows, make_kernel, supports
 from intttrain.ttt.layout import NO_DOCUMENT
 
-AXIS = "context"
 # (keys, values, their segment ids) of a device -> those that its queries meet
 Bring = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, ...]]
 
@@ -97,13 +96,16 @@ def attend(
 
     axes = (cut.q_axes, cut.kv_axes, cut.kv_axes, cut.ids_axes)
     placed = [constrain(x, *names) for x, names in zip((*by_head, segment_ids_BT), axes, strict=True)]
-    o_BNTH = per_device(local, (kernel_axes, *axes), cut.q_axes)(kernel, *placed)
+    # Unchecked: JAX wants every pallas_call to say along which axes its results differ, and refuses the attention
+    # kernels, which do not. XLA's attention it accepts, but then keeps a constant of it per device for the backward
+    # pass. Nothing is summed over devices here, so no sum can be missing.
+    o_BNTH = per_device(local, (kernel_axes, *axes), cut.q_axes, checked=False)(kernel, *placed)
     return constrain(jnp.swapaxes(o_BNTH, 1, 2), "batch", "tokens", "heads", "head_dim")
 
 
 def _cut(config: ModelConfig, seq_len: int) -> Cut:
-    shards, window = axis_size(AXIS), config.sliding_window
-    way = context_way(config, seq_len, shards, axis_size("tensor"))
+    shards, window = pieces_of(None, "tokens"), config.sliding_window
+    way = context_way(config, seq_len, shards, pieces_of(None, "heads"))
     if way == "all_to_all":
         spread: Axes = ("batch", "spread_heads", None, "head_dim")
         return Cut(spread, spread, ("batch", None), np.arange(seq_len)[None], seq_len, seq_len, lambda *held: held)
@@ -111,7 +113,7 @@ def _cut(config: ModelConfig, seq_len: int) -> Cut:
     kv_axes: Axes = ("batch", "kv_heads", "tokens", "head_dim")
     ids_axes: Axes = ("batch", "tokens")
     if way == "all_gather":
-        balanced = is_balanced(config, seq_len, shards, axis_size("tensor"))
+        balanced = is_balanced(config, seq_len, shards, pieces_of(None, "heads"))
         ranges = stored_ranges(seq_len, shards, balanced=balanced)
         positions_nt = stored_units(seq_len, shards, 1, balanced=balanced).reshape(shards, -1)
         piece = seq_len // len(ranges)
@@ -143,18 +145,18 @@ def _gather_rows(ranges: Ranges, k_bkth: jax.Array, v_bkth: jax.Array, ids_bt: j
 
 def _put_halo_before(halo: int, k_bkth: jax.Array, v_bkth: jax.Array, ids_bt: jax.Array) -> tuple[jax.Array, ...]:
     """Puts before what a shard holds the last of what the shard before it holds; the first has nobody to ask."""
-    shards = axis_size(AXIS)
+    shards = pieces_of(None, "tokens")
     if halo == 0:  # a window of one token
         return k_bkth, v_bkth, ids_bt
 
     def receive(x: jax.Array, dim: int) -> jax.Array:
         last = jax.lax.slice_in_dim(x, x.shape[dim] - halo, None, axis=dim)
-        return jax.lax.ppermute(last, AXIS, [(i, i + 1) for i in range(shards - 1)])
+        return jax.lax.ppermute(last, ROW_AXIS, [(i, i + 1) for i in range(shards - 1)])
 
     def extend(x: jax.Array, dim: int) -> jax.Array:
         return jnp.concatenate([receive(x, dim), x], axis=dim)
 
-    halo_ids = jnp.where(position_on(AXIS) == 0, NO_DOCUMENT, receive(ids_bt, 1))
+    halo_ids = jnp.where(position_on("tokens") == 0, NO_DOCUMENT, receive(ids_bt, 1))
     return extend(k_bkth, 2), extend(v_bkth, 2), jnp.concatenate([halo_ids, ids_bt], axis=1)
 
 
@@ -191,7 +193,7 @@ def _attend_by_xla(
         q_bSnh = jnp.pad(q_btnh, (*before, (0, 0), (0, 0)))
         o_btnh = banded_attention(q_bSnh, k_bSkh, v_bSkh, ids_bS, window)[:, keys - queries :]
     else:
-        shard = position_on(AXIS) if len(positions_nt) > 1 else 0
+        shard = position_on("tokens") if len(positions_nt) > 1 else 0
         mask_btS = visible_keys(ids_bt, ids_bS, jnp.asarray(positions_nt)[shard], window)
         o_btnh = dense_attention(q_btnh, k_bSkh, v_bSkh, mask_btS)
     return jnp.swapaxes(o_btnh, 1, 2)

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from intttrain import ttt
 from intttrain.config import ModelConfig, TTTConfig
 from intttrain.layout.row_order import is_balanced
-from intttrain.layout.sharding import axis_size, constrain
+from intttrain.layout.sharding import constrain, pieces_of
 from intttrain.model.attention import Attention
 from intttrain.model.context_attention import attend
 from intttrain.model.layer_groups import plan_groups
@@ -158,7 +158,7 @@ def _apply_layer(
         fast = ttt.fast_weight_projection(
             z_BTF, v_BTD, layer.mlp.down[...], segment_ids_BT, chunk_tokens=config.ttt.chunk_tokens, eta=eta,
             gates_BM=gates_BM, gradient_dtype=config.weight_gradient_dtype, update=update_rule(config.ttt),
-            balanced=is_balanced(config, x_BTD.shape[1], axis_size("context"), axis_size("tensor")),
+            balanced=is_balanced(config, x_BTD.shape[1], pieces_of(None, "tokens"), pieces_of(None, "heads")),
             implementation=config.ttt.implementation,
         )  # fmt: skip
     return x_BTD + fast.o_BTD, TTTStats(fast.delta_norm_BM, fast.state_norm_BM)

@@ -21,17 +21,20 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from intttrain.layout.axes import GATHERED
 from intttrain.layout.sharding import (
-    GATHERED,
     constrain,
     gather_pieces,
     per_device,
     position_on,
+    sum_gradient,
     sum_over,
-    sum_to_pieces,
 )
 
 Axes = tuple[str | None, ...]
+
+# Logical names of dims, in the place of arrays.
+_TOKENS, _ROWS, _TABLE = ("batch", "tokens"), ("batch", "tokens", "width"), ("vocab", "embed")
 
 
 def axes_of(weight: nnx.Param) -> Axes:
@@ -107,7 +110,7 @@ def table_gradient(dtable_vD: jax.Array, gradient_dtype: str) -> jax.Array:
       dtable_vD: gradient from this device's tokens alone.
       gradient_dtype: dtype of the sum over devices.
     """
-    return sum_over(sum_to_pieces(dtable_vD.astype(gradient_dtype), "embed", 1), "data")
+    return sum_gradient(dtable_vD.astype(gradient_dtype), *_TABLE)
 
 
 def lookup(
@@ -120,15 +123,12 @@ def lookup(
     return _lookup(jnp.dtype(dtype), gradient_dtype, tokens_BT, weight[...])
 
 
-_TOKENS, _ROWS, _TABLE = ("batch", "tokens"), ("batch", "tokens", "width"), ("vocab", "embed")
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _lookup(dtype: jnp.dtype, gradient_dtype: str, tokens_BT: jax.Array, weight_VD: jax.Array) -> jax.Array:
     def local(tokens_bt: jax.Array, weight_vd: jax.Array) -> jax.Array:
         table_vD = whole_table(weight_vd, dtype)
         found_btD = table_vD.at[_ids(tokens_bt, weight_vd)].get(mode="fill", fill_value=0)
-        return sum_over(found_btD, "tensor")  # the device that holds the token's row found it, the others have zeros
+        return sum_over(found_btD, "vocab")  # the device that holds the token's row found it, the others have zeros
 
     return per_device(local, (_TOKENS, _TABLE), _ROWS)(tokens_BT, weight_VD)
 
@@ -136,7 +136,7 @@ def _lookup(dtype: jnp.dtype, gradient_dtype: str, tokens_BT: jax.Array, weight_
 def _ids(tokens_bt: jax.Array, weight_vd: jax.Array) -> jax.Array:
     """Returns the row of each token in this device's part of the table, one past the end if another device has it."""
     part = weight_vd.shape[0]
-    ids_bt = tokens_bt - position_on("tensor") * part
+    ids_bt = tokens_bt - position_on("vocab") * part
     return jnp.where((ids_bt >= 0) & (ids_bt < part), ids_bt, part)
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from intttrain.layout.sharding import max_over, per_device, position_on, sum_over
+from intttrain.layout.sharding import differing, max_over, per_device, position_on, sum_over
 from intttrain.model.linear import table_gradient, whole_table
 
 _HIDDEN, _TOKENS, _TABLE = ("batch", "tokens", "width"), ("batch", "tokens"), ("vocab", "embed")
@@ -50,10 +50,10 @@ def _forward(
         def block(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             hidden_bcD, labels_bc = inputs
             logits_bcv = _logits(hidden_bcD, table_vD)
-            largest_bc = max_over(jnp.max(logits_bcv, axis=2), "tensor")
-            total_bc = sum_over(jnp.sum(jnp.exp(logits_bcv - largest_bc[:, :, None]), axis=2), "tensor")
+            largest_bc = max_over(jnp.max(logits_bcv, axis=2), "vocab")
+            total_bc = sum_over(jnp.sum(jnp.exp(logits_bcv - largest_bc[:, :, None]), axis=2), "vocab")
             chosen_bcv = jnp.where(_is_label(labels_bc, logits_bcv), logits_bcv, 0.0)
-            chosen_bc = sum_over(jnp.sum(chosen_bcv, axis=2), "tensor")
+            chosen_bc = sum_over(jnp.sum(chosen_bcv, axis=2), "vocab")
             lse_bc = jnp.log(total_bc) + largest_bc
             return lse_bc - chosen_bc, lse_bc
 
@@ -84,10 +84,11 @@ def _backward(
             dlogits_bcv = (share_bcv * dnll_bc[:, :, None]).astype(hidden_bcD.dtype)
             dhidden_bcD = jnp.einsum("bcv,vd->bcd", dlogits_bcv, table_vD)
             dtable_vD += jnp.einsum("bcv,bcd->vd", dlogits_bcv, hidden_bcD, preferred_element_type=jnp.float32)
-            return dtable_vD, sum_over(dhidden_bcD, "tensor")
+            return dtable_vD, sum_over(dhidden_bcD, "vocab")
 
         inputs = tuple(_cut(x, block_tokens) for x in (hidden_btD, labels_bt, lse_bt, dnll_bt))
-        dtable_vD, dhidden_JbcD = jax.lax.scan(block, jnp.zeros(table_vD.shape, jnp.float32), inputs)
+        zeros_vD = differing(jnp.zeros(table_vD.shape, jnp.float32), "batch", "tokens", "vocab")
+        dtable_vD, dhidden_JbcD = jax.lax.scan(block, zeros_vD, inputs)
         dweight_vd = table_gradient(dtable_vD, gradient_dtype)
         return _join(dhidden_JbcD, hidden_btD.shape[1]), dweight_vd.astype(weight_vd.dtype)
 
@@ -111,10 +112,10 @@ def prediction_entropy(
 
         def block(hidden_bcD: jax.Array) -> jax.Array:
             logits_bcv = _logits(hidden_bcD, table_vD)
-            largest_bc = max_over(jnp.max(logits_bcv, axis=2), "tensor")
+            largest_bc = max_over(jnp.max(logits_bcv, axis=2), "vocab")
             share_bcv = jnp.exp(logits_bcv - largest_bc[:, :, None])
-            total_bc = sum_over(jnp.sum(share_bcv, axis=2), "tensor")
-            mean_bc = sum_over(jnp.sum(share_bcv * logits_bcv, axis=2), "tensor") / total_bc
+            total_bc = sum_over(jnp.sum(share_bcv, axis=2), "vocab")
+            mean_bc = sum_over(jnp.sum(share_bcv * logits_bcv, axis=2), "vocab") / total_bc
             return jnp.log(total_bc) + largest_bc - mean_bc
 
         return _join(jax.lax.map(block, _cut(hidden_btD, block_tokens)), hidden_btD.shape[1])
@@ -134,7 +135,7 @@ def is_likeliest(
             hidden_bcD, labels_bc = inputs
             logits_bcv = _logits(hidden_bcD, table_vD)
             chosen_bc = jnp.max(jnp.where(_is_label(labels_bc, logits_bcv), logits_bcv, -jnp.inf), axis=2)
-            return max_over(chosen_bc, "tensor") >= max_over(jnp.max(logits_bcv, axis=2), "tensor")
+            return max_over(chosen_bc, "vocab") >= max_over(jnp.max(logits_bcv, axis=2), "vocab")
 
         found_Jbc = jax.lax.map(block, tuple(_cut(x, block_tokens) for x in (hidden_btD, labels_bt)))
         return _join(found_Jbc, labels_bt.shape[1])
@@ -148,7 +149,7 @@ def _logits(hidden_bcD: jax.Array, table_vD: jax.Array) -> jax.Array:
 
 def _is_label(labels_bc: jax.Array, logits_bcv: jax.Array) -> jax.Array:
     """Returns where the label is among this device's part of the vocabulary."""
-    ids_v = jnp.arange(logits_bcv.shape[2], dtype=labels_bc.dtype) + position_on("tensor") * logits_bcv.shape[2]
+    ids_v = jnp.arange(logits_bcv.shape[2], dtype=labels_bc.dtype) + position_on("vocab") * logits_bcv.shape[2]
     return labels_bc[:, :, None] == ids_v[None, None, :]
 
 

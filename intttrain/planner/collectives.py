@@ -23,6 +23,7 @@ import re
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
+from intttrain.layout.axes import SLICES_AXIS
 from intttrain.layout.hardware import CHIPS, Chip
 from intttrain.planner.xla.flops import line_of, scope_of
 from intttrain.planner.xla.groups import MeshGroups, read_groups
@@ -286,8 +287,8 @@ class _Reader:
             name=at.name,
             kind=kind,
             stands_for="",
-            axes=("data",),
-            whole_axes=slices == self._groups.sizes.get("data", 1),
+            axes=(SLICES_AXIS,),
+            whole_axes=slices == self._groups.sizes.get(SLICES_AXIS, 1),
             group_size=slices,
             shape=str(at.shape.elements[0]),
             bytes=moved,

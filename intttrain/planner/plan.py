@@ -195,14 +195,14 @@ def _kept_bytes(config: Config, program: Program) -> int | None:
     Where rows are cut over devices the incoming fast-weight states are among them.
     """
     model, mesh = config.model, program.mesh
-    values = kept_values(model, mesh.shape["tensor"])
+    values = kept_values(model, pieces_of(mesh, "mlp"))
     if values is None:
         return None
     rows = config.train.batch_rows // (config.train.microbatches * pieces_of(mesh, "batch"))
     tokens = rows * config.data.seq_len // pieces_of(mesh, "tokens")
     kept = values * tokens * model.num_layers * (2 if model.compute_dtype == "bfloat16" else 4)
-    if model.ttt is not None and mesh.shape["context"] > 1:
-        kept += len(model.ttt.layers) * rows * model.d_model * model.d_ff // mesh.shape["tensor"] * 4
+    if model.ttt is not None and pieces_of(mesh, "tokens") > 1:
+        kept += len(model.ttt.layers) * rows * model.d_model * model.d_ff // pieces_of(mesh, "mlp") * 4
     return kept
 
 

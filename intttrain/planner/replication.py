@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 from jax.sharding import NamedSharding
 
-from intttrain.layout.sharding import RULES
+from intttrain.layout.axes import COPY_AXES, RULES
 from intttrain.planner.collectives import stands_for
 from intttrain.planner.xla.flops import line_of, scope_of
 from intttrain.planner.xla.groups import MeshGroups, read_groups
@@ -70,7 +70,7 @@ class Replicated:
 
 
 def replicated_arguments(
-    tree: PyTree, *, min_bytes: int = MIN_BYTES, by_design: Iterable[str] = ("data",)
+    tree: PyTree, *, min_bytes: int = MIN_BYTES, by_design: Iterable[str] = COPY_AXES
 ) -> tuple[Replicated, ...]:
     """Returns the leaves that leave a mesh axis unused although one of their dims could be cut by it further.
 

@@ -8,12 +8,14 @@ import types
 from collections.abc import Mapping
 from typing import Any
 
+from intttrain.config.completion import complete, unknown_keys
 from intttrain.config.errors import UserError
 from intttrain.train.checkpoint import CheckpointInfo
 
-# Configuration keys that a resumed run may change, with the reason. Every other key is part of the run's identity, so
-# a key added later binds until somebody lists it here. train.batch_rows is not listed although the data cursor counts
-# rows: nothing would be lost or repeated, but the run would no longer be the one its schedule describes.
+# Configuration keys that a resumed run may change, with the reason. Every other key is part of the run's identity, and
+# a value of a key that is added to the schema binds until somebody lists the key here. train.batch_rows is not listed
+# although the data cursor counts rows: nothing would be lost or repeated, but the run would no longer be the one its
+# schedule describes.
 FREE_TO_CHANGE: Mapping[str, str] = types.MappingProxyType(
     {
         "name": "a label",
@@ -44,16 +46,22 @@ def check_compatible(info: CheckpointInfo, flat_config: Mapping[str, Any], finge
     """Checks that a run with this configuration and data continues the one that saved ``info``.
 
     Keys that match ``FREE_TO_CHANGE`` may differ, and so may the paths of the token stores as long as their
-    fingerprint is the same.
+    fingerprint is the same. A key that one side does not have, because the schema gained it since, has its default
+    there.
 
     Raises:
       UserError: lists every difference with both values.
     """
     old, new = _identity(info.config), _identity(flat_config)
+    unknown = [key for key in unknown_keys(info.config) if _binding({key: None})]
     differences = [
+        f"{key} is a key of the run (intttrain {info.versions.get('intttrain', 'of another version')}) that this "
+        "version does not know"
+        for key in unknown
+    ] + [
         f"{key}={_shown(old, key)} in the run but {_shown(new, key)} now"
-        for key in sorted(old.keys() | new.keys())
-        if _shown(old, key) != _shown(new, key)
+        for key in sorted((old.keys() | new.keys()) - set(unknown))
+        if key not in old or key not in new or old[key] != new[key]
     ]
     if info.fingerprint != fingerprint:
         differences.append(f"the token store has fingerprint {info.fingerprint} in the run but {fingerprint} now")
@@ -66,7 +74,7 @@ def check_compatible(info: CheckpointInfo, flat_config: Mapping[str, Any], finge
 
 def _identity(flat_config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the entries that make a run what it is, as JSON would give them back."""
-    plain: dict[str, Any] = json.loads(json.dumps(dict(flat_config)))
+    plain: dict[str, Any] = json.loads(json.dumps(complete(flat_config)))
     if isinstance(mixture := plain.get("data.train"), list):
         plain["data.train"] = [{k: v for k, v in item.items() if k != "path"} for item in mixture]
     stages = plain.pop("train.stages", [])

@@ -21,7 +21,14 @@ from intttrain.data import Batch
 from intttrain.layout.compiler import compiler_options
 from intttrain.layout.mesh import make_mesh
 from intttrain.layout.row_order import Ranges, is_balanced, stored_ranges
-from intttrain.layout.sharding import check_batch, named_shardings, partition_spec, using_mesh, with_sharding
+from intttrain.layout.sharding import (
+    check_batch,
+    named_shardings,
+    partition_spec,
+    pieces_of,
+    using_mesh,
+    with_sharding,
+)
 from intttrain.model import logical_axes
 from intttrain.train.step import StepMetrics, TrainState, abstract_state, init_state, make_train_step
 
@@ -66,7 +73,7 @@ class Program:
     def local_ranges(self) -> Ranges:
         """The tokens that this process reads of each of its rows, in the order in which they are stored."""
         seq_len = self.batch.tokens_BT.shape[1]
-        pieces = stored_ranges(seq_len, self.mesh.shape["context"], balanced=self.balanced)
+        pieces = stored_ranges(seq_len, pieces_of(self.mesh, "tokens"), balanced=self.balanced)
         length = seq_len // len(pieces)
         return tuple(piece for start, stop in self._held[1] for piece in pieces[start // length : stop // length])
 
@@ -130,7 +137,7 @@ def make_program(config: Config, devices: Sequence[jax.Device] | None = None) ->
         ),
         state=jax.tree.map(with_sharding, state, shardings),
         batch=jax.tree.map(lambda leaf: with_sharding(leaf, rows), batch),
-        balanced=is_balanced(config.model, config.data.seq_len, mesh.shape["context"], mesh.shape["tensor"]),
+        balanced=is_balanced(config.model, config.data.seq_len, pieces_of(mesh, "tokens"), pieces_of(mesh, "heads")),
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ import optax
 from intttrain.config import Config
 from intttrain.data import Batch
 from intttrain.layout.row_order import is_balanced, stored_units
-from intttrain.layout.sharding import axis_size
+from intttrain.layout.sharding import pieces_of
 from intttrain.model import Params, TTTStats, abstract_params, bind, init_params, token_nll
 from intttrain.train.optimizer import clip_by_norm, make_optimizer, make_schedule
 
@@ -238,8 +238,8 @@ def _draw_gates(config: Config, state: TrainState) -> jax.Array | None:
     """
     if config.model.ttt is None or config.train.gate_rate == 1.0:
         return None
-    seq_len, context = config.data.seq_len, axis_size("context")
-    balanced = is_balanced(config.model, seq_len, context, axis_size("tensor"))
+    seq_len, context = config.data.seq_len, pieces_of(None, "tokens")
+    balanced = is_balanced(config.model, seq_len, context, pieces_of(None, "heads"))
     stored_M = stored_units(seq_len, context, config.model.ttt.chunk_tokens, balanced=balanced)
     key = jax.random.fold_in(jax.random.wrap_key_data(state["rng"]), state["step"])
     written_BM = jax.random.bernoulli(key, config.train.gate_rate, (config.train.batch_rows, len(stored_M)))

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from intttrain.config.errors import UserError
 from intttrain.layout.row_order import stored_units
-from intttrain.layout.sharding import axis_size, constrain
+from intttrain.layout.sharding import constrain, pieces_of
 from intttrain.ttt.kernel_blocks import Kernels, choose_kernels, pays, supports
 from intttrain.ttt.layout import FastWeightState, init_state, make_layout
 from intttrain.ttt.reference import project_reference
@@ -93,7 +93,7 @@ def fast_weight_projection(
     if implementation == "reference" and balanced:
         raise ValueError('implementation="reference" knows no balanced rows; use "chunked"')
     rows, seq_len, d_ff = z_BTF.shape
-    shards = axis_size("context")
+    shards = pieces_of(None, "tokens")
     chunks_M = stored_units(seq_len, shards, chunk_tokens, balanced=balanced)
     layout = make_layout(segment_ids_BT, chunk_tokens, None if state is None else state.document_B, chunks_M)
     chunks = seq_len // chunk_tokens

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from intttrain.layout.sharding import differing
 from intttrain.ttt.rules import UpdateRule
 
 Array = jax.Array
@@ -195,7 +196,8 @@ def _kept_before(keep_M: Array) -> Array:
 
 def empty_state(width: int, d_ff: int) -> Array:
     """Returns zeros (D F) that XLA takes for an array: it folds a constant into every step of a scan that it starts."""
-    return jax.lax.optimization_barrier(jnp.zeros((width, d_ff), jnp.float32))
+    zeros_DF = jax.lax.optimization_barrier(jnp.zeros((width, d_ff), jnp.float32))
+    return differing(zeros_DF, "batch", "tokens")
 
 
 def _norm(x_DF: Array) -> Array:
@@ -256,8 +258,10 @@ def backward_scans(
         return (_Sums(g_DF, dw_DF, a * sums.end_share), dz_MCF), tuple(gradients)
 
     inputs = (chunks, do_MCD, _numbers(chunks))
-    (_, dz_MCF), _ = jax.lax.scan(prefix, (s_in_DF, jax.lax.empty(chunks.z_MCF.shape, dtype)), inputs)
-    sums = _Sums(empty_state(*w_DF.shape) if g_end_DF is None else g_end_DF, dw_DF, jnp.float32(1.0))
+    empty_MCF = differing(jax.lax.empty(chunks.z_MCF.shape, dtype), "batch", "tokens")
+    (_, dz_MCF), _ = jax.lax.scan(prefix, (s_in_DF, empty_MCF), inputs)
+    g_DF = empty_state(*w_DF.shape) if g_end_DF is None else g_end_DF
+    sums = _Sums(g_DF, dw_DF, differing(jnp.float32(1.0), "batch", "tokens"))
     (sums, dz_MCF), (dv_MCD, dgate_M, deta_M) = jax.lax.scan(suffix, (sums, dz_MCF), inputs, reverse=True)
     gradients = Gradients(dz_MCF, dv_MCD, dgate_M, jnp.sum(deta_M), sums.g_DF)
     return sums.dw_DF + _from_reads(sums, g_end_DF), gradients

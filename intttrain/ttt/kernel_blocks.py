@@ -15,7 +15,8 @@ from itertools import product
 from typing import NamedTuple
 
 from intttrain.layout import hardware
-from intttrain.layout.sharding import axis_size, device_kind, platform
+from intttrain.layout.axes import RULES
+from intttrain.layout.sharding import device_kind, pieces_of, platform
 from intttrain.ttt.kernel_parts import LANES, Machine
 from intttrain.ttt.kernel_recurrence import RecurrenceBlocks
 from intttrain.ttt.kernel_suffix import HANDED_ROWS, SuffixBlocks
@@ -62,8 +63,9 @@ def supports(update: UpdateRule) -> str:
         return f"{device_kind()} has too little on-chip memory; they run on {', '.join(VMEM_MIB)}"
     if update != UpdateRule():  # of this class, too
         return f"they know the plain sum of updates only, no bounds and no row norms, not {update}"
-    if axis_size("tensor") > 1:
-        return f"mesh.tensor={axis_size('tensor')} cuts the state, which only XLA does; they need mesh.tensor=1"
+    if (pieces := pieces_of(None, "mlp")) > 1:
+        axes = " x ".join(f"mesh.{axis}" for axis in RULES["mlp"])
+        return f"{axes}={pieces} cuts the state, which only XLA does; they need {axes}=1"
     return ""
 
 

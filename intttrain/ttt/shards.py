@@ -18,14 +18,24 @@ d = D / n, R stretches or rows that run one after the other.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from intttrain.layout.axes import ROW_AXIS, RULES
 from intttrain.layout.scan import scan
-from intttrain.layout.sharding import RULES, axis_size, constrain, gather_pieces, per_device, sum_over, sum_to_pieces
+from intttrain.layout.sharding import (
+    constrain,
+    differing,
+    gather_pieces,
+    per_device,
+    pieces_of,
+    position_on,
+    sum_gradient,
+)
 from intttrain.ttt import chunked, kernel_scans
 from intttrain.ttt.chunked import Chunks, Forward, Gradients, empty_state, read_back, read_scale, written_state
 from intttrain.ttt.kernel_blocks import Kernels
@@ -34,11 +44,10 @@ from intttrain.ttt.rules import UpdateRule
 
 Array = jax.Array
 
-AXIS = "context"
 STATE_NAME = "incoming_state"  # for remat policies: with it the backward pass needs no second exchange
 
 # Logical names of dims, in the place of arrays. F is left to XLA, which sums over its pieces where that is needed.
-_LEFT = ("tensor",)
+_LEFT = RULES["mlp"]
 _CHUNKS, _STATE, _WEIGHT = ("batch", "tokens"), ("batch",), ("embed",)
 _STATES = ("tokens", "batch")  # one of every shard
 _FORWARD: Any = Forward(_CHUNKS, _CHUNKS, _CHUNKS, _CHUNKS)  # type: ignore[arg-type]
@@ -126,10 +135,11 @@ def _forward(
     options: Options, w_DF: Array, eta: Array, s_in_BDF: Array | None, batch: Chunks
 ) -> tuple[Scanned, tuple[Any, ...]]:
     def local(w_dF: Array, eta: Array, s_in_BDF: Array | None, batch: Chunks) -> tuple[Any, ...]:
-        w_DF = gather_pieces(w_dF, *_WEIGHT, 0).astype(jnp.float32)
+        w_DF = differing(gather_pieces(w_dF, *_WEIGHT, 0).astype(jnp.float32), *_CHUNKS)
+        eta = differing(eta, *_CHUNKS)
         given, last_BDF = s_in_BDF is not None, None
         s_in_RDF, rows = s_in_BDF, batch
-        if axis_size(AXIS) > 1:
+        if pieces_of(None, "tokens") > 1:
             rows = _as_stretches(options, batch)
             own_RDF = jax.lax.map(lambda chunks: written_state(options.update, eta, chunks), rows)
             s_in_RDF, last_BDF = exclusive_scan(options, _carried(options, rows), own_RDF, s_in_BDF)
@@ -144,10 +154,9 @@ def _forward(
         return _shaped_as(batch, options, found), s_end_BDF if given else None, kept_nRDF
 
     in_axes, out_axes = (_WEIGHT, (), _STATE, _BATCH), (_FORWARD, _STATE, _STATES)
-    read, s_end_BDF, s_in_nRDF = per_device(local, in_axes, out_axes, left_to_xla=options.left_to_xla)(
-        w_DF, eta, s_in_BDF, batch
-    )
-    if axis_size(AXIS) > 1:
+    run_local = _per_device(options, local, in_axes, out_axes, with_states=s_in_BDF is not None)
+    read, s_end_BDF, s_in_nRDF = run_local(w_DF, eta, s_in_BDF, batch)
+    if pieces_of(None, "tokens") > 1:
         s_in_nRDF = checkpoint_name(s_in_nRDF, STATE_NAME)
     return Scanned(read, s_end_BDF), (w_DF, eta, s_in_nRDF, batch, read.scale_MD)
 
@@ -157,13 +166,14 @@ def _backward(options: Options, residuals: tuple[Any, ...], cotangents: Scanned)
         w_dF: Array, eta: Array, s_in_nRDF: Array | None, batch: Chunks, scale_BMD: Array | None, do_BMCD: Array,
         g_end_BDF: Array | None,
     ) -> tuple[Any, ...]:  # fmt: skip
-        w_DF = gather_pieces(w_dF, *_WEIGHT, 0).astype(jnp.float32)
+        w_DF = differing(gather_pieces(w_dF, *_WEIGHT, 0).astype(jnp.float32), *_CHUNKS)
+        eta = differing(eta, *_CHUNKS)
         if scale_BMD is not None:
             scaled_BMCD = do_BMCD.astype(jnp.float32) * read_scale(scale_BMD, batch.reads_MC)
             do_BMCD = scaled_BMCD.astype(do_BMCD.dtype)
         given, ds_first_BDF = g_end_BDF is not None, None
         rows, do_RMCD, g_end_RDF = batch, do_BMCD, g_end_BDF
-        if axis_size(AXIS) > 1:
+        if pieces_of(None, "tokens") > 1:
             rows, do_RMCD = _as_stretches(options, (batch, do_BMCD))
             own_RDF = jax.lax.map(lambda pair: read_back(options.update, *pair), (rows, do_RMCD))
             g_end_RDF, ds_first_BDF = exclusive_scan(options, _carried(options, rows), own_RDF, g_end_BDF, reverse=True)
@@ -174,21 +184,34 @@ def _backward(options: Options, residuals: tuple[Any, ...], cotangents: Scanned)
 
         inputs = (s_in_RDF, rows, do_RMCD, g_end_RDF)
         dw_DF, found = scan(run, empty_state(*w_DF.shape), inputs, s_in_RDF.shape[0])
-        dw_dF = sum_over(sum_to_pieces(dw_DF.astype(options.gradient_dtype), *_WEIGHT, 0), "data")
-        deta = sum_over(jnp.sum(found.deta), *RULES["batch"], AXIS)
+        dw_dF = sum_gradient(dw_DF.astype(options.gradient_dtype), *_WEIGHT)
+        deta = sum_gradient(jnp.sum(found.deta))
         ds_BDF = found.ds_in_DF if ds_first_BDF is None else ds_first_BDF
         dbatch = _shaped_as(batch, options, (found.dz_MCF, found.dv_MCD, found.dgate_M))
         return dw_dF.astype(w_dF.dtype), deta, ds_BDF if given else None, *dbatch
 
     in_axes = (_WEIGHT, (), _STATES, _BATCH, _CHUNKS, _CHUNKS, _STATE)
     out_axes = (_WEIGHT, (), _STATE, _CHUNKS, _CHUNKS, _CHUNKS)
-    dw_DF, deta, ds_BDF, dz_BMCF, dv_BMCD, dgates_BM = per_device(
-        local, in_axes, out_axes, left_to_xla=options.left_to_xla
-    )(*residuals, cotangents.read.o_MCD, cotangents.s_end_BDF)
+    run_local = _per_device(options, local, in_axes, out_axes, with_states=cotangents.s_end_BDF is not None)
+    dw_DF, deta, ds_BDF, dz_BMCF, dv_BMCD, dgates_BM = run_local(
+        *residuals, cotangents.read.o_MCD, cotangents.s_end_BDF
+    )
     return dw_DF, deta, ds_BDF, Chunks(dz_BMCF, dv_BMCD, None, None, None, dgates_BM)  # type: ignore[arg-type]
 
 
 _scan_rows.defvjp(_forward, _backward)
+
+
+def _per_device(options: Options, local: Callable[..., Any], in_axes: Any, out_axes: Any, *, with_states: bool) -> Any:
+    """Returns ``local`` for every device, checked by JAX when plain updates are trained without kernels.
+
+    Not with kernels, because JAX wants every ``pallas_call`` to say along which axes its results differ, and these do
+    not know. Not with states that come in and go out: all shards of a row end with the same state, but it comes from an
+    ``all_gather``, whose results JAX takes for different ones. Nor with bounds or row norms, whose gradients JAX
+    derives inside of ``local``: checked, it turns their constants into arrays that the scan carries.
+    """
+    checked = options.kernels is None and not with_states and options.transform == DeltaTransform()
+    return per_device(local, in_axes, out_axes, left_to_xla=options.left_to_xla, checked=checked)
 
 
 def _as_rows(options: Options, s_in_BDF: Array | None, tree: Any) -> tuple[Array, Any]:
@@ -242,15 +265,15 @@ def exclusive_scan(
     Returns:
       What the stretches of this shard receive, and what the last one in that direction hands on (the same on all).
     """
-    shards, stretches = axis_size(AXIS), options.stretches
+    shards, stretches = pieces_of(None, "tokens"), options.stretches
     rows, (width, d_ff) = own_RDF.shape[0] // stretches, own_RDF.shape[1:]
-    own_nRdF = jax.lax.all_to_all(own_RDF.reshape(-1, shards, width // shards, d_ff), AXIS, 1, 0)
-    carry_nR = jax.lax.all_gather(carry_R, AXIS)
+    own_nRdF = jax.lax.all_to_all(own_RDF.reshape(-1, shards, width // shards, d_ff), ROW_AXIS, 1, 0)
+    carry_nR = jax.lax.all_gather(carry_R, ROW_AXIS)
     carry, own = (x.reshape(shards, stretches, rows, *x.shape[2:]) for x in (carry_nR, own_nRdF))
     if first_BDF is None:
         first_BdF = jnp.zeros_like(own_nRdF[0, :rows])
     else:
-        start = jax.lax.axis_index(AXIS) * (width // shards)
+        start = position_on("tokens") * (width // shards)
         first_BdF = jax.lax.dynamic_slice_in_dim(first_BDF, start, width // shards, axis=1)
 
     def step(carried_BdF: Array, stretch: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -259,8 +282,8 @@ def exclusive_scan(
 
     last_BdF, received = jax.lax.scan(step, first_BdF, (_in_row_order(carry), _in_row_order(own)), reverse=reverse)
     received_nRdF = _by_shard(received, stretches).reshape(own_nRdF.shape)
-    received_RDF = jax.lax.all_to_all(received_nRdF, AXIS, 0, 1).reshape(own_RDF.shape)
-    return received_RDF, jax.lax.all_gather(last_BdF, AXIS, axis=1, tiled=True)
+    received_RDF = jax.lax.all_to_all(received_nRdF, ROW_AXIS, 0, 1).reshape(own_RDF.shape)
+    return received_RDF, jax.lax.all_gather(last_BdF, ROW_AXIS, axis=1, tiled=True)
 
 
 def _in_row_order(x_nP: Array) -> Array:

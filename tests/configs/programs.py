@@ -57,7 +57,7 @@ def attempt(case: str, *, tpu: bool) -> dict[str, str | int]:
         shape = make_program(resolve(load(name).get_config(variant)), chosen).mesh.shape
     except UserError as error:
         return {"error": str(error)}
-    return {"mesh": str(MeshShape(**shape)), "devices": len(chosen)}
+    return {"mesh": str(MeshShape(shape)), "devices": len(chosen)}
 
 
 def main(*, tpu: bool) -> None:

@@ -104,7 +104,8 @@ def take_step(config: Config, devices: list[jax.Device]) -> dict[str, np.ndarray
         jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(trees)
     }
-    return leaves | {"loss": np.asarray(metrics.loss), "row_loss": np.asarray(metrics.row_loss_B)}
+    scalars = {"loss": metrics.loss, "row_loss": metrics.row_loss_B, "grad_norm": metrics.grad_norm}
+    return leaves | {name: np.asarray(value) for name, value in scalars.items()}
 
 
 def lowerings(config: Config, devices: list[jax.Device]) -> tuple[str, str]:

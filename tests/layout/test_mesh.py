@@ -8,7 +8,9 @@ import pytest
 
 from intttrain.config import MeshConfig, default_config, resolve
 from intttrain.config.errors import UserError
-from intttrain.layout.mesh import AXES, resolve_mesh
+from intttrain.layout import axes
+from intttrain.layout.axes import AXES
+from intttrain.layout.mesh import make_mesh, resolve_mesh
 from intttrain.layout.sharding import check_batch, constrain, named_shardings, partition_spec
 
 
@@ -30,7 +32,7 @@ def mesh(**sizes: int) -> jax.sharding.AbstractMesh:
     ],
 )
 def test_sizes(config, devices, sizes):
-    assert resolve_mesh(config, devices).sizes() == sizes
+    assert tuple(resolve_mesh(config, devices).sizes.values()) == sizes
 
 
 @pytest.mark.parametrize(
@@ -59,6 +61,31 @@ def test_rules_report_collisions_and_unknown_names():
         partition_spec(("heads", "mlp"))
     with pytest.raises(ValueError, match="'head' in .* has no rule"):
         partition_spec(("head",))
+
+
+@pytest.mark.parametrize(
+    ("table", "configured", "said"),
+    [
+        ({"AXES": ("replica", *AXES)}, AXES, "'replica' has no size"),
+        ({}, (*AXES, "replica"), "'replica' is not among layout.axes.AXES"),
+        ({"AXES": ("replica", *AXES)}, (*AXES, "replica"), "'replica' cuts nothing"),
+        ({"RULES": axes.RULES | {"batch": ("replica", "data", "fsdp")}}, AXES, "'replica' has no size"),
+        ({"RULES": axes.RULES | {"batch": ("replica", "data", "fsdp")}}, (*AXES, "replica"), "not among"),
+        ({"RULES": axes.RULES | {"embed": ("fsdp", "tensor")}}, AXES, r"\['tensor'\] cut 'embed'.*several times"),
+    ],
+)
+def test_an_axis_that_is_added_in_one_place_alone_is_refused(table, configured, said, monkeypatch):
+    axes.check_axes(AXES)
+    for name, value in table.items():
+        monkeypatch.setattr(axes, name, value)
+    with pytest.raises(ValueError, match=said):
+        axes.check_axes(configured)
+
+
+def test_a_mesh_is_made_of_the_axes_of_the_table_only(monkeypatch):
+    monkeypatch.setattr(axes, "AXES", ("replica", *AXES))
+    with pytest.raises(ValueError, match=r"'replica' has no size: config\.MeshConfig"):
+        make_mesh(MeshConfig(), jax.devices()[:1])
 
 
 def test_a_dim_that_does_not_divide_names_the_parameter():

@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from intttrain.config import as_dict, default_config, resolve
+from intttrain.config.completion import complete
 from intttrain.config.dotted import flatten
 from intttrain.config.errors import UserError
 from intttrain.train.checkpoint_info import CheckpointInfo, package_versions
@@ -87,6 +88,60 @@ def test_all_differences_are_listed_with_both_values():
     ):
         assert part in message
     assert "\n" not in message
+
+
+def test_a_key_that_one_side_does_not_have_has_its_default_there():
+    flat = json.loads(json.dumps(flat_default()))
+    defaults = {}
+    for key in flat:
+        completed = json.loads(json.dumps(complete({name: value for name, value in flat.items() if name != key})))
+        if key in completed:
+            defaults[key] = completed[key]
+    assert {"model.ttt.preserve_row_norm", "train.skip.max_total", "mesh.fsdp", "train.stages"} < set(defaults)
+    assert not {"model.ttt.eta", "model.ttt.layers", "name"} & set(defaults)  # these a run always has
+
+    plain = flat | defaults
+    for key in ("train.optimizer.kind", "train.checkpoint.every_steps"):
+        defaults.pop(key, None)  # the sections themselves have no default, so a run has some of their fields
+    sparse = {key: value for key, value in plain.items() if key not in defaults}  # a run from before these fields
+    assert len(sparse) < len(plain) - 50
+    check_compatible(info_of(sparse), plain, "abc")
+    check_compatible(info_of(plain), sparse, "abc")
+
+
+@pytest.mark.parametrize(
+    ("absent", "now", "said"),
+    [
+        ("model.ttt.preserve_row_norm", True, "model.ttt.preserve_row_norm=false in the run but true now"),
+        ("train.skip.spike_deviations", 4.0, "train.skip.spike_deviations=null in the run but 4.0 now"),
+        ("train.optimizer.b2", 0.5, "train.optimizer.b2=0.95 in the run but 0.5 now"),
+        ("model.ttt.eta", 0.3, "model.ttt.eta=not set in the run but 0.3 now"),
+        ("model.rope.scaling", {"kind": "yarn"}, "model.rope.scaling=null in the run but not set now"),
+    ],
+)
+def test_a_value_other_than_the_default_of_an_absent_key_binds(absent, now, said):
+    flat = flat_default()
+    old = info_of({key: value for key, value in flat.items() if key != absent})
+    new = {key: value for key, value in flat.items() if key != absent} | flatten({absent: now})
+    with pytest.raises(UserError) as caught:
+        check_compatible(old, new, "abc")
+    assert said in str(caught.value)
+
+
+def test_a_section_that_a_run_does_not_have_at_all_has_its_defaults():
+    flat = flat_default()
+    assert any(key.startswith("train.skip.") for key in flat)
+    without = {key: value for key, value in flat.items() if not key.startswith(("train.skip.", "mesh."))}
+    check_compatible(info_of(without), flat, "abc")
+    with pytest.raises(UserError, match=r"train\.skip\.spike_deviations=null in the run but 9\.0 now"):
+        check_compatible(info_of(without), flat | {"train.skip.spike_deviations": 9.0}, "abc")
+
+
+def test_a_key_that_only_the_run_knows_binds_unless_its_section_is_free():
+    flat = flat_default()
+    with pytest.raises(UserError, match=r"model\.ttt\.decay is a key of the run \(intttrain .*does not know"):
+        check_compatible(info_of(flat | {"model.ttt.decay": 0.5}), flat, "abc")
+    check_compatible(info_of(flat | {"eval.gone": 1}), flat, "abc")
 
 
 def test_package_versions_name_what_is_installed():

@@ -84,7 +84,7 @@ def distances(case: Case, program: Callable[..., Any], *, fresh: bool = False) -
 @contextmanager
 def planted(fault: str) -> Any:
     """Makes one mistake in ``shards`` that public code has made."""
-    scan, add, order = shards.exclusive_scan, shards.sum_over, shards._in_row_order
+    scan, add, order = shards.exclusive_scan, shards.sum_gradient, shards._in_row_order
 
     def restart(options: Any, keep_R: Any, own_RDF: Any, first_BDF: Any, **direction: Any) -> Any:
         received, last = scan(options, keep_R, own_RDF, first_BDF, **direction)
@@ -106,11 +106,11 @@ def planted(fault: str) -> Any:
     shards.exclusive_scan = faulty.get(fault, scan)
     if fault == "stored_order":  # two pieces of a shard taken for neighbours
         shards._in_row_order = lambda x_nP: x_nP.reshape(-1, *x_nP.shape[2:])
-    shards.sum_over = (lambda x, *axes: x) if fault == "no_sum_of_eta" else add
+    shards.sum_gradient = (lambda x, *names: add(x, *names) if names else x) if fault == "no_sum_of_eta" else add
     try:
         yield
     finally:
-        shards.exclusive_scan, shards.sum_over, shards._in_row_order = scan, add, order
+        shards.exclusive_scan, shards.sum_gradient, shards._in_row_order = scan, add, order
 
 
 def main() -> None:

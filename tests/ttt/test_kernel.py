@@ -204,7 +204,7 @@ def test_what_cannot_run_is_refused_in_one_line_or_left_to_xla(monkeypatch):
     assert api._kernels("auto", ttt.UpdateRule(), 2048, *arguments[2:]) is None  # XLA is as fast, for all we know
     assert api._kernels("auto", ttt.UpdateRule(), 1024, (1024, 3072), 2) is None  # not compared
     assert api._kernels("chunked", *arguments) is None
-    monkeypatch.setattr(kernel_blocks, "axis_size", lambda _: 2)
+    monkeypatch.setattr(kernel_blocks, "pieces_of", lambda *_: 2)
     with pytest.raises(UserError, match=r"mesh.tensor=2 cuts the state"):
         api._kernels("pallas", *arguments)
 

@@ -23,7 +23,7 @@ from intttrain.config import EvalConfig, ModelConfig
 from intttrain.config.errors import UserError
 from intttrain.data import Batch, blank_row, stack_rows
 from intttrain.layout.row_order import is_balanced, stored_units
-from intttrain.layout.sharding import constrain, partition_spec, using_mesh
+from intttrain.layout.sharding import constrain, partition_spec, pieces_of, using_mesh
 from intttrain.model import Params, Reading, bind, piece_tokens, read_documents, token_nll
 
 
@@ -155,7 +155,7 @@ def _placed(model_config: ModelConfig, batch: Batch, mesh: jax.sharding.Mesh | N
 
 def _stored(model_config: ModelConfig, mesh: jax.sharding.Mesh | None, seq_len: int, unit: int) -> np.ndarray:
     """Returns the numbers of the tokens (or chunks of ``unit``) of a row in the order in which they are stored."""
-    context, tensor = (1, 1) if mesh is None else (mesh.shape["context"], mesh.shape["tensor"])
+    context, tensor = (1, 1) if mesh is None else (pieces_of(mesh, "tokens"), pieces_of(mesh, "heads"))
     balanced = is_balanced(model_config, seq_len, context, tensor)
     return stored_units(seq_len, context, unit, balanced=balanced)
 
