@@ -207,10 +207,10 @@ def _per_device(options: Options, local: Callable[..., Any], in_axes: Any, out_a
 
     Not with kernels, because JAX wants every ``pallas_call`` to say along which axes its results differ, and these do
     not know. Not with states that come in and go out: all shards of a row end with the same state, but it comes from an
-    ``all_gather``, whose results JAX takes for different ones. Nor with bounds or row norms, whose gradients JAX
-    derives inside of ``local``: checked, it turns their constants into arrays that the scan carries.
+    ``all_gather``, whose results JAX takes for different ones. Nor with other rules (bounds, row norms), of which JAX
+    derives gradients inside of ``local``: checked, it turns their constants into arrays that the scan carries.
     """
-    checked = options.kernels is None and not with_states and options.transform == DeltaTransform()
+    checked = options.kernels is None and not with_states and options.update == UpdateRule()
     return per_device(local, in_axes, out_axes, left_to_xla=options.left_to_xla, checked=checked)
 
 
