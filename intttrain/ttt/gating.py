@@ -7,7 +7,7 @@ A rule is an object of a class below ``Rule``, registered under its name. Nothin
 evaluation and the study ask the registry what is offered there and the rule what it needs. What rules may look at is
 in ``signals``.
 
-Letters: B row (a sequence), M chunks, N documents, n TTT layers.
+Letters: B row (a sequence), M chunks, n TTT layers.
 """
 
 from __future__ import annotations
@@ -194,8 +194,8 @@ class HindsightRule(Rule):
     hindsight = True
 
     def choose(
-        self, signed_NMn: Float[np.ndarray, "N M n"], live_M: Bool[np.ndarray, "M"], rate: float
-    ) -> Float[np.ndarray, "N M n"]:
+        self, signed_BMn: Float[np.ndarray, "B M n"], live_M: Bool[np.ndarray, "M"], rate: float
+    ) -> Float[np.ndarray, "B M n"]:
         """Returns the gates, from signals with every chunk written; gates that are not live change nothing."""
         raise NotImplementedError
 
@@ -382,11 +382,11 @@ class TopK(HindsightRule):
     """Of every document and layer, the share of live chunks whose signals stand out most."""
 
     def choose(
-        self, signed_NMn: Float[np.ndarray, "N M n"], live_M: Bool[np.ndarray, "M"], rate: float
-    ) -> Float[np.ndarray, "N M n"]:
+        self, signed_BMn: Float[np.ndarray, "B M n"], live_M: Bool[np.ndarray, "M"], rate: float
+    ) -> Float[np.ndarray, "B M n"]:
         """Returns 1 for the first of them."""
         kept = round(rate * int(live_M.sum()))
-        score_NMn = np.where(live_M[None, :, None], signed_NMn, -np.inf)
+        score_NMn = np.where(live_M[None, :, None], signed_BMn, -np.inf)
         rank_NMn = np.argsort(np.argsort(-score_NMn, axis=1, kind="stable"), axis=1, kind="stable")
         return (rank_NMn < kept).astype(np.float32)
 
