@@ -386,9 +386,9 @@ class TopK(HindsightRule):
     ) -> Float[np.ndarray, "B M n"]:
         """Returns 1 for the first of them."""
         kept = round(rate * int(live_M.sum()))
-        score_NMn = np.where(live_M[None, :, None], signed_BMn, -np.inf)
-        rank_NMn = np.argsort(np.argsort(-score_NMn, axis=1, kind="stable"), axis=1, kind="stable")
-        return (rank_NMn < kept).astype(np.float32)
+        score_BMn = np.where(live_M[None, :, None], signed_BMn, -np.inf)
+        rank_BMn = np.argsort(np.argsort(-score_BMn, axis=1, kind="stable"), axis=1, kind="stable")
+        return (rank_BMn < kept).astype(np.float32)
 
 
 GATE_RULES.add("always", Constant(1.0, "generate"))
