@@ -106,7 +106,8 @@ def _across_chunks(mix, x, conv, ids, chunk_tokens):
 
 
 def _inclusive(matrix, w_DF, s_DF, chunk):
-    return matrix(w_DF, s_DF + chunked._raw_delta(chunk, jnp.asarray(0.2)), chunk)
+    written_DF = ttt.UpdateRule().delta(chunk.v_MCD, chunk.z_MCF, chunk.writes_MC, jnp.asarray(0.2))
+    return matrix(w_DF, s_DF + written_DF, chunk)
 
 
 def _all_visible(make, *arguments):

@@ -45,8 +45,6 @@ CONFIGS = {
     "next_hidden": with_ttt(dataclasses.replace(TINY, sliding_window=9), target="next_hidden", eta=0.1),
     "clip_row_norm": with_ttt(TINY, delta_clip=4.0, preserve_row_norm=True),
     "L12_none": layer_set(),
-    "L12_first": layer_set(0),
-    "L12_pair": layer_set(1, 3),
     "L12_all": layer_set(*range(12)),
     "L12_irregular": layer_set(0, 3, 4, 11),
     "L12_every_sixth": layer_set(0, 6),
