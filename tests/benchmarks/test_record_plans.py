@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from intttrain.planner import record
+from tests.benchmarks import record_plans as record
 
 
 def test_records_are_of_the_configurations_as_they_are():

@@ -112,7 +112,7 @@ def test_install_copies_the_checkout_and_installs_the_tpu_extra(cloud):
     assert done.returncode == 0, done.stderr
     for host in ("a-0", "a-1", "b-0", "b-1"):
         folder = cloud.host(host)
-        assert (folder / "intttrain" / "core" / "distributed.py").exists() and (folder / "configs").is_dir()
+        assert (folder / "intttrain" / "pod" / "distributed.py").exists() and (folder / "configs").is_dir()
         assert (folder / "installed").read_text() == "-m pip install --quiet --upgrade -c constraints.txt .[tpu,gcs]\n"
         assert not (folder.parent / "intttrain.tar.gz").exists()
 
