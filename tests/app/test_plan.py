@@ -117,9 +117,7 @@ def test_a_text_that_is_there_is_not_overwritten(
 
 
 def test_a_sweep(config: str) -> None:
-    # Without splash attention, whose kernels are most of the time of a compilation.
-    flags = ("--topology=v5e:2x2", "--config.model.attention=dense", "--config.model.num_layers=1")
-    out = done("plan", config + ":dense", *flags, "--sweep=model.remat=full,qkv").out
+    out = done("plan", config + ":dense", "--topology=v5e:2x2", "--sweep=model.remat=full,qkv").out
     assert "remat=full" in out and "remat=qkv" in out and out.count("*") >= 1
 
 
