@@ -47,10 +47,17 @@ def test_the_newest_releases_do_not_count(tmp_path):
     assert lines[-1].startswith("CI passed: ") and "do NOT pass" in lines[-1]
 
 
-def test_what_does_not_fit_into_the_time_is_left_out_and_said(tmp_path):
-    status, lines, parts = ci(tmp_path, seconds="200")
-    assert (status, parts) == (0, PARTS[:-2])
-    assert "NO recorded plan" in lines[-1] and "no time was left for the newest" in lines[-1]
-    status, lines, parts = ci(tmp_path, seconds="620")
-    assert (status, parts[len(PARTS) - 2 :]) == (0, PARTS)
-    assert "and a recorded plan;" in lines[-1]
+@pytest.mark.parametrize(
+    ("seconds", "parts", "left_out"),
+    [
+        ("920", PARTS, ()),
+        ("620", [part for part in PARTS if part != "test-slow"], ("the slow tests",)),
+        ("400", ["check", "test", "test-newest"], ("the slow tests", "a recorded plan")),
+        ("200", ["check", "test"], ("the slow tests", "a recorded plan")),
+    ],
+)
+def test_what_does_not_fit_into_the_time_is_left_out_and_said(tmp_path, seconds, parts, left_out):
+    status, lines, run = ci(tmp_path, seconds=seconds)
+    assert (status, run) == (0, parts)
+    assert [what for what in ("the slow tests", "a recorded plan") if f"WITHOUT {what} (" in lines[-1]] == [*left_out]
+    assert ("no time was left for the newest" in lines[-1]) is ("test-newest" not in parts)
