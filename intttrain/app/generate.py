@@ -16,7 +16,7 @@ from intttrain import ttt
 from intttrain.app.runs import Trained, load_trained, read_config
 from intttrain.config import MeshConfig, ModelConfig
 from intttrain.config.errors import UserError
-from intttrain.config.registry import GATE_RULES, GATE_SIGNALS, expected
+from intttrain.config.registry import GATE_RULES, GATE_SIGNALS
 from intttrain.evals.completion import TextStream
 from intttrain.layout.mesh import make_mesh
 from intttrain.layout.sharding import pieces_of
@@ -88,10 +88,10 @@ def make_generator(
 
 def _gate(values: flags.FlagValues) -> ttt.GateRule:
     """Returns the rule of the flags. Raises ``UserError`` for a name that is not registered, by a plugin of the run."""
-    if values.gate not in (offered := GATE_RULES.names(lambda rule: "generate" in rule.offered)):
-        raise UserError(f"--gate={values.gate}: {expected(values.gate, offered)}")
-    if values.gate_signal not in (signals := GATE_SIGNALS.names()):
-        raise UserError(f"--gate_signal={values.gate_signal}: {expected(values.gate_signal, signals)}")
+    if problem := GATE_RULES.problem(values.gate, lambda rule: "generate" in rule.offered):
+        raise UserError(f"--gate={values.gate}: {problem}")
+    if problem := GATE_SIGNALS.problem(values.gate_signal):
+        raise UserError(f"--gate_signal={values.gate_signal}: {problem}")
     gate = ttt.GateRule(values.gate, values.gate_signal, values.gate_on)
     if problem := gate.problem():
         raise UserError(f"--gate={values.gate}: {problem}")

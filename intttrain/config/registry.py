@@ -120,10 +120,14 @@ class Registry(Generic[T]):
 
     def checked(self, name: str, among: Callable[[T], bool] | None = None) -> str:
         """Returns the name. Raises ``UserError`` if nothing that ``among`` accepts is registered under it."""
-        names = self.names(among)
-        if name in names:
+        if (problem := self.problem(name, among)) is None:
             return name
-        raise UserError(f"there is no {self.what} {name!r}; {expected(name, names)}")
+        raise UserError(f"there is no {self.what} {name!r}; {problem}")
+
+    def problem(self, name: str, among: Callable[[T], bool] | None = None) -> str | None:
+        """Returns what a name may be that is not registered, or not accepted by ``among``; ``None`` for one that is."""
+        names = self.names(among)
+        return None if name in names else expected(name, names)
 
     # --- sections ---
 
@@ -212,9 +216,8 @@ class Named(Generic[T]):
         return core_schema.no_info_after_validator_function(self._checked, handler(source))
 
     def _checked(self, name: str) -> str:
-        names = self.registry.names(self.among)
-        if name not in names:
-            raise ValueError(expected(name, names))
+        if problem := self.registry.problem(name, self.among):
+            raise ValueError(problem)
         return name
 
 

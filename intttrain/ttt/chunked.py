@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from intttrain.layout.sharding import differing
-from intttrain.ttt.rules import UpdateRule
+from intttrain.ttt.rules import UpdateRule, matmul, weighted
 
 Array = jax.Array
 
@@ -89,7 +89,7 @@ def forward_scan(update: UpdateRule, w_DF: Array, eta: Array, s_in_DF: Array, ch
         def replace(_: Array) -> Array:
             return finish(_through_both("cf,df->cd", _chunk_at(chunks.z_MCF, at), w_DF, s_DF, chunk.reads_MC))
 
-        o_CD = finish(_matmul("cf,df->cd", chunk.z_MCF, _read_matrix(w_DF, s_DF, chunk)))
+        o_CD = finish(matmul("cf,df->cd", chunk.z_MCF, _read_matrix(w_DF, s_DF, chunk)))
         o_CD = _if_mixed(chunk, replace, o_CD)
         s_next_DF, delta_DF = commit(update, s_DF, chunk, eta)
         return s_next_DF, Forward(o_CD, scale_D, _norm(delta_DF), _norm(s_next_DF))
@@ -109,8 +109,8 @@ def _read_matrix(w_DF: Array, s_DF: Array, chunk: Chunks) -> Array:
 
 def _through_both(equation: str, x_CE: Array, w_DF: Array, s_DF: Array, reads_C: Array) -> Array:
     """Returns the product (fp32) of each token with ``W0 + a_t S``, by two matmuls."""
-    through_s = _matmul(equation, x_CE, s_DF.astype(x_CE.dtype))
-    return _matmul(equation, x_CE, w_DF.astype(x_CE.dtype)) + reads_C[:, None] * through_s
+    through_s = matmul(equation, x_CE, s_DF.astype(x_CE.dtype))
+    return matmul(equation, x_CE, w_DF.astype(x_CE.dtype)) + reads_C[:, None] * through_s
 
 
 def _if_mixed(chunk: Chunks, replace: Callable[[Array], Array], x: Array) -> Array:
@@ -135,14 +135,6 @@ def _chunk_at(x_MCE: Array, at: Array) -> Array:
     return jax.lax.dynamic_index_in_dim(x_MCE, at, keepdims=False)
 
 
-def _matmul(equation: str, a: Array, b: Array) -> Array:
-    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
-
-
-def _weighted(x_MCE: Array, weights_MC: Array) -> Array:
-    return x_MCE * weights_MC[..., None].astype(x_MCE.dtype)
-
-
 def commit(update: UpdateRule, s_DF: Array, chunk: Chunks, eta: Array) -> tuple[Array, Array]:
     """Returns the state after a chunk, and what the chunk added to it."""
     delta_DF = chunk.gate_M * update.delta(chunk.v_MCD, chunk.z_MCF, chunk.writes_MC, eta)
@@ -163,7 +155,7 @@ def written_state(update: UpdateRule, eta: Array, chunks: Chunks) -> Array:
         return jax.lax.scan(step, empty_state(chunks.v_MCD.shape[-1], chunks.z_MCF.shape[-1]), chunks)[0]
     kept_after_M = _kept_before(chunks.keep_M[::-1])[::-1]
     weights_MC = chunks.writes_MC * (chunks.gate_M * kept_after_M)[:, None]
-    return eta * _matmul("mcd,mcf->df", _weighted(chunks.v_MCD, weights_MC), chunks.z_MCF)
+    return eta * matmul("mcd,mcf->df", weighted(chunks.v_MCD, weights_MC), chunks.z_MCF)
 
 
 def read_back(update: UpdateRule, chunks: Chunks, do_MCD: Array) -> Array:
@@ -180,12 +172,12 @@ def read_back(update: UpdateRule, chunks: Chunks, do_MCD: Array) -> Array:
         empty_DF = empty_state(chunks.v_MCD.shape[-1], chunks.z_MCF.shape[-1])
         return jax.lax.scan(step, empty_DF, (chunks, do_MCD), reverse=True)[0]
     weights_MC = chunks.reads_MC * _kept_before(chunks.keep_M)[:, None]
-    return _matmul("mcd,mcf->df", _weighted(do_MCD, weights_MC), chunks.z_MCF)
+    return matmul("mcd,mcf->df", weighted(do_MCD, weights_MC), chunks.z_MCF)
 
 
 def _from_reads_of(chunk: Chunks, do_CD: Array) -> Array:
     """Returns the gradient (D F) of the state through the reads of a chunk."""
-    return _matmul("cd,cf->df", _weighted(do_CD, chunk.reads_MC), chunk.z_MCF)
+    return matmul("cd,cf->df", weighted(do_CD, chunk.reads_MC), chunk.z_MCF)
 
 
 def _kept_before(keep_M: Array) -> Array:
@@ -234,7 +226,7 @@ def backward_scans(
             dz_CF = _through_both("cd,df->cf", _chunk_at(do_MCD, at), w_DF, s_DF, chunk.reads_MC)
             return jax.lax.dynamic_update_index_in_dim(dz_MCF, dz_CF.astype(dtype), at, axis=0)
 
-        dz_CF = _matmul("cd,df->cf", do_CD, _read_matrix(w_DF, s_DF, chunk)).astype(dtype)
+        dz_CF = matmul("cd,df->cf", do_CD, _read_matrix(w_DF, s_DF, chunk)).astype(dtype)
         dz_MCF = _if_mixed(chunk, replace, jax.lax.dynamic_update_index_in_dim(dz_MCF, dz_CF, at, axis=0))
         s_DF, dz_MCF = _in_order(s_DF, dz_MCF)
         return (commit(update, s_DF, chunk, eta)[0], dz_MCF), None
@@ -307,9 +299,9 @@ def _lost_by_g(
 
     @jax.named_scope(MIXED_SCOPE)
     def unread(dw_DF: Array) -> Array:
-        unread_CD = _weighted(_chunk_at(do_MCD, at), 1.0 - chunk.reads_MC)
+        unread_CD = weighted(_chunk_at(do_MCD, at), 1.0 - chunk.reads_MC)
         dw_DF = lost(dw_DF) if update.keeps_everything else dw_DF
-        return dw_DF + _matmul("cd,cf->df", unread_CD, _chunk_at(z_MCF, at))
+        return dw_DF + matmul("cd,cf->df", unread_CD, _chunk_at(z_MCF, at))
 
     dw_DF = sums.dw_DF if update.keeps_everything else lost(sums.dw_DF)
     return jax.lax.cond(jnp.all(chunk.reads_MC > 0), lambda dw_DF: dw_DF, unread, dw_DF)

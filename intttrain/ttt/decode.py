@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from intttrain.config.registry import GATE_SIGNALS
 from intttrain.ttt.gating import Decision, GateRule, GateSettings, GateState, decide, init_gate_state
-from intttrain.ttt.rules import UpdateRule
+from intttrain.ttt.rules import UpdateRule, matmul
 from intttrain.ttt.signals import LayerChunk, LayerSignal, measured_tokens
 from intttrain.ttt.targets import make_targets
 
@@ -87,7 +87,7 @@ def read(
 
     def add_state(base_BPD: Array) -> Array:
         s_BDF = jax.lax.dynamic_index_in_dim(cache.s_nBDF, layer, keepdims=False)
-        o_BPD = base_BPD + _product("bpf,bdf->bpd", z_BPF, s_BDF.astype(z_BPF.dtype))
+        o_BPD = base_BPD + matmul("bpf,bdf->bpd", z_BPF, s_BDF.astype(z_BPF.dtype))
         scale_BD = jax.vmap(update.row_scale, (0, None))(s_BDF, w_down_DF)
         return o_BPD if scale_BD is None else o_BPD * scale_BD[:, None]
 
@@ -185,7 +185,7 @@ def _targets_and_signals(
         v_BCD = make_targets(x_BCD, w_target_DD, conv_WD, whole_BC, chunk_tokens)
 
         def added_BCD() -> Array:
-            return _product("bcf,bdf->bcd", z_BCF, s_BDF.astype(z_BCF.dtype))
+            return matmul("bcf,bdf->bcd", z_BCF, s_BDF.astype(z_BCF.dtype))
 
         def delta_norm_B() -> Array:
             update_B = _norm(_deltas(update, v_BCD, z_BCF, eta))
@@ -215,25 +215,19 @@ def _written(
 
     def layer(_: None, inputs: tuple[Array, ...]) -> tuple[None, Array]:
         s_BDF, z_BCF, v_BCD, gate_B = inputs
+        if not update.keeps_everything:
+            s_BDF = carry_B * s_BDF
 
         def add(s_BDF: Array) -> Array:
-            deltas_BDF = gate_B[:, None, None] * _deltas(update, v_BCD, z_BCF, eta)
-            return s_BDF + deltas_BDF if update.keeps_everything else update.combine(carry_B, s_BDF, deltas_BDF)
+            return s_BDF + gate_B[:, None, None] * _deltas(update, v_BCD, z_BCF, eta)
 
-        def add_nothing(s_BDF: Array) -> Array:
-            return s_BDF if update.keeps_everything else carry_B * s_BDF
-
-        return None, jax.lax.cond(jnp.any(gate_B > 0), add, add_nothing, s_BDF)
+        return None, jax.lax.cond(jnp.any(gate_B > 0), add, lambda s_BDF: s_BDF, s_BDF)
 
     return jax.lax.scan(layer, None, (cache.s_nBDF, cache.z_nBCF, v_nBCD, gate_nB))[1]
 
 
 def _deltas(update: UpdateRule, v_BCD: Array, z_BCF: Array, eta: Array) -> Array:
     return jax.vmap(lambda v_CD, z_CF: update.delta(v_CD, z_CF, None, eta))(v_BCD, z_BCF)
-
-
-def _product(equation: str, a: Array, b: Array) -> Array:
-    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
 def _norm(x_BDF: Array) -> Array:

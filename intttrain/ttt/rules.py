@@ -78,7 +78,7 @@ class UpdateRule:
           writes_C: mu, 1 for the tokens that are written and 0 for the others (another document, padding); ``None`` if
             all are.
         """
-        return _matmul("cd,cf->df", _weighted(v_CD, writes_C), z_CF)
+        return matmul("cd,cf->df", v_CD if writes_C is None else weighted(v_CD, writes_C), z_CF)
 
     def bound(self, delta_DF: Array) -> Array:
         """Returns the update scaled down to the bounds."""
@@ -114,8 +114,8 @@ class UpdateRule:
             (g_DF, dgate, deta), factor = jax.vjp(bounded, raw_DF, gate, eta)[1](g_DF), 1.0
         dtype, writes_C1 = z_CF.dtype, writes_C[:, None]
         g_DF = g_DF.astype(dtype)
-        gz_CD = writes_C1 * _matmul("cf,df->cd", z_CF, g_DF)
-        vg_CF = writes_C1 * _matmul("cd,df->cf", v_CD, g_DF)
+        gz_CD = writes_C1 * matmul("cf,df->cd", z_CF, g_DF)
+        vg_CF = writes_C1 * matmul("cd,df->cf", v_CD, g_DF)
         if self.is_plain_sum:
             inner = jnp.sum(v_CD.astype(jnp.float32) * gz_CD)  # <V^T Z, G>
             dgate, deta = eta * inner, gate * inner
@@ -139,12 +139,14 @@ class UpdateRule:
         return row_scale(s_DF, w_down_DF) if self.preserve_row_norm else None
 
 
-def _matmul(equation: str, a: Array, b: Array) -> Array:
+def matmul(equation: str, a: Array, b: Array) -> Array:
+    """Returns the einsum of two arrays, summed and returned in fp32 whatever their dtype."""
     return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
-def _weighted(x_CD: Array, weights_C: Array | None) -> Array:
-    return x_CD if weights_C is None else x_CD * weights_C[:, None].astype(x_CD.dtype)
+def weighted(x_MCE: Array, weights_MC: Array) -> Array:
+    """Returns the tokens multiplied by their weights, in the dtype of the tokens; M may be missing."""
+    return x_MCE * weights_MC[..., None].astype(x_MCE.dtype)
 
 
 def _scaled_down(delta_DF: Array, norm: Array, most: float) -> Array:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +42,20 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"--config={path}"
 
 
-SAID_OF_MEMORY: list[Any] = []  # by the compiler, of both programs that are compared
+@pytest.fixture(scope="module")
+def said_of_memory() -> list[Any]:
+    """What the compiler says of both programs that are compared, as ``compared`` hears it."""
+    return []
 
 
 @pytest.fixture(scope="module")
-def compared(config: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict, dict, Path]]:
+def compared(
+    config: str, said_of_memory: list[Any], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, dict, dict, Path]:
     from intttrain.planner import plan
 
     def read_memory(compiled: Any, *arguments: Any, **named: Any) -> Any:
-        SAID_OF_MEMORY.append(compiled.memory_analysis())
+        said_of_memory.append(compiled.memory_analysis())
         return read(compiled, *arguments, **named)
 
     folder, read = tmp_path_factory.mktemp("compared"), plan.read_memory
@@ -60,8 +64,7 @@ def compared(config: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         patch.setattr(plan, "read_memory", read_memory)
         out = done("plan", config, *flags).out
     content = json.loads((folder / "plan.json").read_text())
-    yield out, content["plan"], content["without_ttt"], folder / "hlo"
-    SAID_OF_MEMORY.clear()
+    return out, content["plan"], content["without_ttt"], folder / "hlo"
 
 
 def test_the_page(compared: tuple[str, dict, dict, Path]) -> None:
@@ -96,8 +99,8 @@ def test_flops_of_the_model_by_hand(compared: tuple[str, dict, dict, Path]) -> N
     assert with_ttt["cost"]["matmul_flops"] == pytest.approx(by_hand + unit * 2 * (4 * D * F + 4 * D * D), rel=0.01)
 
 
-def test_memory_is_the_compilers(compared: tuple[str, dict, dict, Path]) -> None:
-    for memory, said in zip((compared[1]["memory"], compared[2]["memory"]), SAID_OF_MEMORY, strict=True):
+def test_memory_is_the_compilers(compared: tuple[str, dict, dict, Path], said_of_memory: list[Any]) -> None:
+    for memory, said in zip((compared[1]["memory"], compared[2]["memory"]), said_of_memory, strict=True):
         assert memory["arguments"] == said.argument_size_in_bytes
         assert memory["temporaries"] == said.temp_size_in_bytes
         assert memory["aliased"] == said.alias_size_in_bytes
