@@ -9,7 +9,7 @@ Percentiles of resamples alone are too narrow. N documents drawn from N spread b
 spread that was estimated from N values needs Student's t in the place of the normal distribution: percentiles over 4
 documents would cover 80 % instead of 95 %. ``widening`` mends both; docs/intervals.md has the simulation.
 
-Letters: N documents, P columns (position buckets), S resamples.
+Letters: N documents, P columns (position buckets), Q columns of any sums, S resamples, s resamples of one block.
 """
 
 from __future__ import annotations
