@@ -1,8 +1,8 @@
 """Scores of RULER with intervals, differences between conditions, JSON and a table.
 
-Letters: N samples of a task, T tasks (not tokens), Q = T + 1 columns: the tasks and, last, their average. Samples are what is resampled, and sample n
-of every task and condition is drawn together: differences are paired, and the niah tasks, which share their needles,
-do not count as independent.
+Letters: N samples of a task, T tasks (not tokens), Q = T + 1 columns: the tasks and, last, their average. Samples are
+what is resampled, and sample n of every task and condition is drawn together: differences are paired, and the niah
+tasks, which share their needles, do not count as independent.
 """
 
 from __future__ import annotations
