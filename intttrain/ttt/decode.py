@@ -50,8 +50,8 @@ class FastWeights:
         taking the n out of L would copy them at every token.
       layer_n: numbers of the TTT layers.
       learned: pytree with one leading entry per TTT layer, what values are computed with.
-      values: (an entry of ``learned``, source x_BCD of the open chunks) -> v_BCD, what the layer would write. Whole rows
-        use the same function.
+      values: (an entry of ``learned``, source x_BCD of the open chunks) -> v_BCD, what the layer would write; the
+        function that whole rows use.
       measured_tokens: how many tokens of a chunk, from its first, a signal of the layer covers.
     """
 
