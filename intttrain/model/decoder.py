@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from intttrain import ttt
-from intttrain.config import ModelConfig, TTTConfig
+from intttrain.config import ModelConfig
 from intttrain.layout.row_order import is_balanced
 from intttrain.layout.sharding import constrain, pieces_of
 from intttrain.model.attention import Attention
@@ -135,11 +135,6 @@ class Decoder(nnx.Module):
         )
 
 
-def update_rule(config: TTTConfig) -> ttt.UpdateRule:
-    """Returns the update rule that the configuration asks for."""
-    return ttt.UpdateRule(config.delta_clip, config.delta_spectral, config.preserve_row_norm)
-
-
 def _apply_layer(
     config: ModelConfig, layer: DecoderLayer, ttt_layer: TTTParams | None, x_BTD: jax.Array, context: tuple[Any, ...]
 ) -> tuple[jax.Array, TTTStats | None]:
@@ -154,10 +149,10 @@ def _apply_layer(
         z_BTF = layer.mlp.activate(h_BTD)
         if ttt_layer is None or config.ttt is None:
             return x_BTD + layer.mlp.project(z_BTF).astype(x_BTD.dtype), None
-        v_BTD = ttt_layer.values(x0_BTD if config.ttt.target == "input_embed" else h_BTD, segment_ids_BT)
+        v_BTD = ttt_layer.values(ttt.target_source(config.ttt.target, x0_BTD, h_BTD), segment_ids_BT)
         fast = ttt.fast_weight_projection(
             z_BTF, v_BTD, layer.mlp.down[...], segment_ids_BT, chunk_tokens=config.ttt.chunk_tokens, eta=eta,
-            gates_BM=gates_BM, gradient_dtype=config.weight_gradient_dtype, update=update_rule(config.ttt),
+            gates_BM=gates_BM, gradient_dtype=config.weight_gradient_dtype, update=ttt.update_rule(config.ttt),
             balanced=is_balanced(config, x_BTD.shape[1], pieces_of(None, "tokens"), pieces_of(None, "heads")),
             implementation=config.ttt.implementation,
         )  # fmt: skip
