@@ -183,7 +183,8 @@ def read_settings(config: Any) -> FastWeightSettings | None:
 
 def _read_update(config: Any) -> UpdateRule:
     """Returns the update rule of ``config.json``, by default the plain sum, with its bounds."""
-    section = getattr(config, _UPDATE_KEY, None) or {"kind": "sum"}
+    section = getattr(config, _UPDATE_KEY, None)
+    section = {"kind": "sum"} if section is None else section
     kind = section.get("kind") if isinstance(section, dict) else None
     known = ", ".join(UPDATE_RULES)
     _require(isinstance(kind, str) and kind in UPDATE_RULES, f"{_UPDATE_KEY}.kind", kind, f"one of {known}")

@@ -206,7 +206,7 @@ def edit_config(folder, **changes):
         ({"intttrain_delta_spectral": "1"}, "intttrain_delta_spectral='1' must be"),
         ({"intttrain_preserve_row_norm": "yes"}, "intttrain_preserve_row_norm='yes' must be true or false"),
         ({"intttrain_update": {"kind": "forgets"}}, "intttrain_update.kind='forgets' must be one of sum"),
-        ({"intttrain_update": "sum"}, "intttrain_update.kind=None must be one of sum"),
+        ({"intttrain_update": {}}, "intttrain_update.kind=None must be one of sum"),
         ({"intttrain_update": {"kind": "sum", "r": 1}}, "'r': 1} must be a section of kind"),
         ({"intttrain_future": 1}, "intttrain_future, which this modelling file does not know"),
         ({"ttt_layers": [0]}, r"disagree: .*layers.2.mlp.ttt_conv.weight.* have no layer"),
