@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +18,7 @@ from intttrain.config.literals import section
 from intttrain.config.registry import GATE_RULES, OPTIMIZERS, Registry
 from intttrain.data import TokenStore
 from intttrain.interop.implemented import check_implemented
-from tests.app.small import World, cli, config_of, done, error_line, metrics
+from tests.app.small import REPO, World, cli, config_of, done, error_line, metrics
 from tests.plugins.conftest import MODULE, OWN_PARTS, PLUGINS, forget
 
 
@@ -151,6 +153,13 @@ def test_what_is_shipped_is_as_it_was() -> None:
     assert "train.optimizer.kind" not in flat and flat["plugins"] == []
     tree.train.optimizer = {"kind": "adamw", "b1": 0.8}
     assert flatten(as_dict(resolve(tree))) == flat | {"train.optimizer.b1": 0.8}
+
+
+def test_a_default_configuration_loads_no_definitions() -> None:
+    program = (
+        "import sys; from intttrain.config import default_config; default_config(); assert 'jax' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=REPO, check=True)
 
 
 def test_a_section_has_what_is_read_elsewhere() -> None:
