@@ -24,6 +24,7 @@ from intttrain.config import Config, default_config, resolve
 from intttrain.config import evaluation as config_eval
 from intttrain.config import schema as config_module
 from intttrain.config import training as config_train
+from intttrain.config import ttt as config_ttt
 from intttrain.config.registry import Named
 from intttrain.train.compatibility import FREE_TO_CHANGE
 
@@ -32,7 +33,7 @@ DOCS = REPO / "docs"
 PAGES = sorted(DOCS.rglob("*.md")) + [page for page in (REPO / "README.md", REPO / "CONTRIBUTING.md") if page.exists()]
 MAX_PAGE_LINES = 200
 GROWING = ("log.md", "config.md")  # a line for every experiment, and for every setting
-SETTINGS = (config_module, config_eval, config_train)
+SETTINGS = (config_module, config_ttt, config_eval, config_train)
 SECTIONS = {name: value for module in SETTINGS for name, value in vars(module).items()}
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPO)))

@@ -1,6 +1,7 @@
 """What can be set: the typed configuration, its rules, and the errors that teach them.
 
 schema       sections and the rules that join them       Config, default_config, resolve, override
+ttt          ``model.ttt``                               TTTConfig
 training     the sections below ``train``                TrainConfig
 evaluation   those below ``eval``                        EvalConfig
 literals     types of values, each with its range        PositiveInt, Fraction, Seed
@@ -26,7 +27,6 @@ from intttrain.config.schema import (
     TextSource,
     TfdsSource,
     TokenizerConfig,
-    TTTConfig,
     YarnScaling,
     as_dict,
     check_consistent,
@@ -36,6 +36,7 @@ from intttrain.config.schema import (
     resolve,
     stage_configs,
 )
+from intttrain.config.ttt import TTTConfig
 
 __all__ = [
     "Config",

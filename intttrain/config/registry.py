@@ -68,6 +68,7 @@ class Registry(Generic[T]):
         self._entries: dict[str, Entry[T]] = {}
         self._loaded = False
         self._union: SchemaValidator | None = None
+        self._check_every: Callable[[Any], None] | None = None
 
     def register(
         self, name: str, section: Any = None, *, check: Callable[[Any], None] | None = None
@@ -90,6 +91,11 @@ class Registry(Generic[T]):
         """Adds a value under ``name``, as ``register`` does."""
         home = _registering_module()
         self._add(home, name, Entry(value, section, check, home))
+
+    def check_every(self, check: Callable[[Any], None]) -> Callable[[Any], None]:
+        """Makes ``check`` refuse configurations whatever is chosen, as ``Entry.check`` does for one choice."""
+        self._check_every = check
+        return check
 
     def _add(self, home: str, name: str, entry: Entry[T]) -> None:
         if home not in self._modules:
@@ -147,9 +153,10 @@ class Registry(Generic[T]):
 
     def check(self, section: Any, config: Any) -> None:
         """Applies the rules of a section's choice to the whole configuration. Raises ``UserError``."""
-        check = self.entries()[self.kind_of(section) or ""].check
-        if check is not None:
-            check(config)
+        chosen = self.entries()[self.kind_of(section) or ""]
+        for check in (self._check_every, chosen.check):
+            if check is not None:
+                check(config)
 
     def sections(self) -> dict[str, Any]:
         """Returns the class of every choice's section."""
@@ -273,6 +280,8 @@ def import_plugins(modules: Any) -> None:
 # The one list of what is chosen by name, and of the modules that define what is shipped.
 GATE_RULES: Registry[Any] = Registry("gate rule", "intttrain.ttt.gating")
 GATE_SIGNALS: Registry[Any] = Registry("gate signal", "intttrain.ttt.signals")
+TARGETS: Registry[Any] = Registry("target", "intttrain.ttt.targets")
+UPDATE_RULES: Registry[Any] = Registry("update rule", "intttrain.ttt.rules", default="sum", needs=("kind",))
 OPTIMIZERS: Registry[Any] = Registry("optimizer", "intttrain.train.optimizer", default="adamw", needs=("clip_norm",))
 SCHEDULES: Registry[Any] = Registry(
     "schedule", "intttrain.train.optimizer",

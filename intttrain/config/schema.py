@@ -29,8 +29,6 @@ from intttrain.config.literals import (
     STRICT,
     AboveOne,
     Fraction,
-    NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     ScalingFactor,
@@ -38,23 +36,18 @@ from intttrain.config.literals import (
     Switch,
 )
 from intttrain.config.problems import explain_problem
-from intttrain.config.registry import OPTIMIZERS, SCHEDULES, SOURCES, Registry, SectionOf, hints_of, import_plugins
+from intttrain.config.registry import (
+    OPTIMIZERS,
+    SCHEDULES,
+    SOURCES,
+    UPDATE_RULES,
+    Registry,
+    SectionOf,
+    hints_of,
+    import_plugins,
+)
 from intttrain.config.training import STAGE_VALUES, AdamWConfig, CheckpointConfig, ScheduleConfig, TrainConfig
-
-
-@dataclass(frozen=True, config=STRICT)
-class TTTConfig:
-    """In-Place TTT: which MLP blocks carry a fast weight and how it moves (``docs/method.md``)."""
-
-    layers: tuple[NonNegativeInt, ...]  # indices of the decoder layers with a fast weight
-    chunk_tokens: PositiveInt  # C, tokens per chunk
-    eta: NonNegativeFloat  # size of one update; coupled to chunk_tokens (no 1/C factor)
-    target: Literal["input_embed", "hidden_states", "next_hidden"] = "input_embed"
-    eta_warmup_steps: NonNegativeInt = 0  # eta rises linearly from 0 over these training steps
-    delta_clip: PositiveFloat | None = None  # bound on the Frobenius norm of one chunk's eta * V^T Z
-    delta_spectral: PositiveFloat | None = None  # bound on its spectral norm
-    preserve_row_norm: Switch = False  # read W0 + S rescaled to the row norms of W0
-    implementation: Literal["auto", "chunked", "pallas", "reference"] = "auto"
+from intttrain.config.ttt import TTTConfig
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -470,6 +463,8 @@ def _registered(config: Config) -> Iterator[tuple[Registry[Any], Any]]:
     yield OPTIMIZERS, config.train.optimizer
     yield SCHEDULES, config.train.schedule
     yield SOURCES, config.prepare.source
+    if config.model.ttt is not None:
+        yield UPDATE_RULES, config.model.ttt.update
 
 
 def _check_stages(config: Config) -> None:

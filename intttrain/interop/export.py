@@ -20,10 +20,12 @@ from safetensors.numpy import save_file
 from intttrain.config import ModelConfig
 from intttrain.config.dotted import flatten
 from intttrain.config.errors import UserError
-from intttrain.interop.hf_config import FAMILIES, MODELING_FILE, make_hf_config, needs_modeling_file
+from intttrain.interop.hf_config import FAMILIES, make_hf_config, needs_modeling_file
+from intttrain.interop.implemented import MODELING_FILE, MODELING_PATH
 from intttrain.interop.names import HFTensor, leaf_shapes, list_tensors
 from intttrain.storage.publish import check_target_free, publish_directory
 
+RELEASE_TARGETS = ("input_embed", "hidden_states")  # of the published code of In-Place TTT
 INDEX_FILE = "model.safetensors.index.json"
 DEFAULT_SHARD_BYTES = 5 * 10**9
 
@@ -74,8 +76,8 @@ def export_model(
       max_position_embeddings: advertised context length in tokens; ``None`` derives it.
 
     Raises:
-      UserError: ``output`` is occupied, a tokenizer file does not exist, or ``params`` is not a model of
-        ``model_config`` (names the parameter and both shapes).
+      UserError: ``output`` is occupied, a tokenizer file does not exist, ``params`` is not a model of ``model_config``
+        (names the parameter and both shapes), or its update rule or target is not in the modelling file.
     """
     check_target_free(output)
     leaves = _check_params(params, model_config)
@@ -87,7 +89,7 @@ def export_model(
         _write_json(fresh / "config.json", config)
         _write_json(fresh / "generation_config.json", _generation_config(end_of_document))
         if needs_modeling_file(model_config):
-            shutil.copyfile(Path(__file__).with_name(MODELING_FILE), fresh / MODELING_FILE)
+            shutil.copyfile(MODELING_PATH, fresh / MODELING_FILE)
         _write_tokenizer(fresh, tokenizer_files, end_of_document)
         _write_shards(fresh, leaves, plan_shards(tensors, dtype, max_shard_bytes), dtype)
         files = tuple(sorted(path.name for path in fresh.iterdir()))
@@ -196,8 +198,8 @@ def _notes(model: ModelConfig, tokenizer_files: Sequence[Path]) -> tuple[str, ..
         notes.append("load with AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)")
     if model.ttt is not None:
         notes.append("loaded without trust_remote_code the model runs with its update switched off")
-    if model.ttt is not None and model.ttt.target == "next_hidden":
-        notes.append('ttt_target "next_hidden" is not known to the In-Place TTT release')
+    if model.ttt is not None and model.ttt.target not in RELEASE_TARGETS:
+        notes.append(f'ttt_target "{model.ttt.target}" is not known to the In-Place TTT release')
     if model.sliding_window is not None and not FAMILIES[model.family].stock_window:
         notes.append(f"stock {model.family} ignores sliding_window={model.sliding_window}: it needs trust_remote_code")
     if not tokenizer_files:

@@ -14,17 +14,16 @@ from typing import Any, Literal
 
 from intttrain.config import Llama3Scaling, ModelConfig, RopeConfig, TTTConfig, YarnScaling
 from intttrain.config.errors import UserError, did_you_mean
+from intttrain.config.registry import TARGETS, UPDATE_RULES
+from intttrain.config.ttt import BOUNDS
+from intttrain.interop.implemented import MODELING_FILE, check_implemented
 
-MODELING_FILE = "modeling_intttrain.py"
 DEFAULT_MAX_POSITION = 32768  # nothing is computed from it without RoPE scaling; some tools read it as a length limit
 
 TTT_KEYS = ("ttt_mode", "ttt_layers", "ttt_proj", "ttt_lr", "ttt_chunk", "ttt_target")
-_EXTRA_KEYS = {  # ours, beside the release's; written only where they differ from off
-    "intttrain_delta_clip": "delta_clip",
-    "intttrain_delta_spectral": "delta_spectral",
-    "intttrain_preserve_row_norm": "preserve_row_norm",
-}
-_TTT_TARGETS = ("input_embed", "hidden_states", "next_hidden")
+# Ours, beside the release's; written only where they differ from off, and from the default rule.
+_BOUND_KEYS = {f"intttrain_{field}": field for field in BOUNDS}
+_UPDATE_KEY = "intttrain_update"
 
 Json = dict[str, Any]
 
@@ -176,9 +175,10 @@ def _refuse_unsupported(config: Mapping[str, Any], where: str) -> None:
                       ("partial_rotary_factor", 1.0)):  # fmt: skip
         if _value(config, key, only) != only:
             raise UserError(f"{where}: {key}={config[key]!r} is not supported; the only choice is {only!r}")
-    unknown = sorted(key for key in config if key.startswith("intttrain_") and key not in _EXTRA_KEYS)
+    known = (*_BOUND_KEYS, _UPDATE_KEY)
+    unknown = sorted(key for key in config if key.startswith("intttrain_") and key not in known)
     if unknown:
-        raise UserError(f"{where}: unknown key {unknown[0]}{did_you_mean(unknown[0], _EXTRA_KEYS)}")
+        raise UserError(f"{where}: unknown key {unknown[0]}{did_you_mean(unknown[0], known)}")
 
 
 def _window_keys(model: ModelConfig) -> Json:
@@ -297,6 +297,7 @@ def _refuse_yarn_options(parameters: Mapping[str, Any], factor: float, where: st
 
 
 def _ttt_keys(ttt: TTTConfig) -> Json:
+    check_implemented(ttt)
     keys: Json = {
         "ttt_mode": True,
         "ttt_layers": list(ttt.layers),
@@ -306,7 +307,9 @@ def _ttt_keys(ttt: TTTConfig) -> Json:
         "ttt_target": ttt.target,
     }
     values = dataclasses.asdict(ttt)
-    return keys | {key: values[field] for key, field in _EXTRA_KEYS.items() if values[field]}
+    if ttt.update != TTTConfig.update:  # its default
+        keys[_UPDATE_KEY] = values["update"]
+    return keys | {key: values[field] for key, field in _BOUND_KEYS.items() if values[field]}
 
 
 def _read_ttt(config: Mapping[str, Any], where: str) -> TTTConfig | None:
@@ -325,8 +328,8 @@ def _read_ttt(config: Mapping[str, Any], where: str) -> TTTConfig | None:
     if config["ttt_proj"] is not True:
         raise UserError(f"{where}: ttt_proj={config['ttt_proj']!r} is not supported; the only choice is true")
     target = config["ttt_target"]
-    if target not in _TTT_TARGETS:
-        raise UserError(f"{where}: ttt_target={target!r} is unknown{did_you_mean(str(target), _TTT_TARGETS)}")
+    if problem := TARGETS.problem(str(target)):
+        raise UserError(f"{where}: ttt_target={target!r}: {problem}")
     layers, last = config["ttt_layers"], int(_need(config, "num_hidden_layers", where)) - 1
     whole = isinstance(layers, list) and all(type(i) is int and 0 <= i <= last for i in layers)
     if not whole or not layers or layers != sorted(set(layers)):
@@ -336,5 +339,15 @@ def _read_ttt(config: Mapping[str, Any], where: str) -> TTTConfig | None:
         raise UserError(f"{where}: ttt_chunk={chunk!r} must be a whole number of tokens, at least 1")
     if isinstance(eta, bool) or not isinstance(eta, int | float) or not 0 <= eta < math.inf:
         raise UserError(f"{where}: ttt_lr={eta!r} must be a finite number, at least 0")
-    extra = {field: config[key] for key, field in _EXTRA_KEYS.items() if config.get(key) is not None}
+    extra = {field: config[key] for key, field in _BOUND_KEYS.items() if config.get(key) is not None}
+    if config.get(_UPDATE_KEY) is not None:
+        extra["update"] = _known_update(config[_UPDATE_KEY], where)
     return TTTConfig(layers=tuple(layers), chunk_tokens=chunk, eta=float(eta), target=target, **extra)
+
+
+def _known_update(update: Any, where: str) -> Any:
+    """Returns the section of an update rule, which is validated with the rest, after a look at its kind."""
+    kind = update.get("kind") if isinstance(update, Mapping) else None
+    if problem := UPDATE_RULES.problem(str(kind)):
+        raise UserError(f"{where}: {_UPDATE_KEY}={update!r} has kind {kind!r}; {problem}")
+    return update

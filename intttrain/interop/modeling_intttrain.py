@@ -8,7 +8,7 @@ In the layers ``config.ttt_layers`` the MLP's down projection is a fast weight. 
 ``ttt_chunk``; a chunk is computed with the state left by the chunks before it, then committed:
 
     o_t = (W0 + S) z_t
-    S  += bound(ttt_lr * sum_t v_t z_t^T)        v_t = u_t @ ttt_proj.weight
+    S  += bound(ttt_lr * sum_t v_t z_t^T)        v_t = u_t @ ttt_proj.weight; another rule: UpdateRule
     u_t = sum_k ttt_conv[k] * x_{t+k-2}          over tokens of the same chunk; x: embeddings or the MLP's input
 
 An unfinished chunk never changes the state. Every row counts its chunks from its first real token, so padding and
@@ -43,23 +43,111 @@ else:
 
 CONV_TAPS = 5
 _KEYS = ("ttt_layers", "ttt_proj", "ttt_lr", "ttt_chunk", "ttt_target")
-_EXTRA_KEYS = ("intttrain_delta_clip", "intttrain_delta_spectral", "intttrain_preserve_row_norm")
-_TARGETS = ("input_embed", "hidden_states", "next_hidden")
 # What this file hands to the stock decoder and would lose in silence if it were renamed.
 _ARGUMENTS = ("attention_mask", "position_ids", "inputs_embeds", "use_cache")
 
 
 @dataclasses.dataclass(frozen=True)
+class UpdateRule:
+    """What a full chunk writes, what is left of what was written before, and how the state is read.
+
+    This is the sum of outer products: nothing is forgotten. Another rule is a subclass that overrides ``retention``,
+    ``write`` or ``bound``, and a line in ``UPDATE_RULES``. Its own fields are those of the key ``intttrain_update``;
+    ``__post_init__`` checks them. The same rule stands in ``intttrain/ttt/rules.py``.
+
+    Attributes:
+      clip: largest Frobenius norm of one update.
+      spectral: largest spectral norm of one update.
+      preserve_row_norm: read ``W0 + S`` with its rows rescaled to the norms of W0's rows.
+    """
+
+    clip: float | None = None
+    spectral: float | None = None
+    preserve_row_norm: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("clip", "spectral"):
+            value = getattr(self, name)
+            fits = value is None or (_is_number(value) and value > 0)
+            _require(fits, _key_of(name), value, "a finite number above 0, or absent")
+        rows = self.preserve_row_norm
+        _require(isinstance(rows, bool), _key_of("preserve_row_norm"), rows, "true or false")
+
+    @property
+    def retention(self) -> float:
+        """r: how much of the state is left after a chunk; 1 keeps all of it."""
+        return 1.0
+
+    def write(self, v_BCD: torch.Tensor, z_BCF: torch.Tensor) -> torch.Tensor:
+        """Returns ``sum_t v_t z_t^T`` (B D F) of values and activations in float32."""
+        return torch.einsum("bcd,bcf->bdf", v_BCD, z_BCF)
+
+    def bound(self, delta_BDF: torch.Tensor) -> torch.Tensor:
+        """Returns the update scaled down to the bounds."""
+        for bound, order in ((self.clip, "fro"), (self.spectral, 2)):
+            if bound is not None:
+                norm_B = torch.linalg.matrix_norm(delta_BDF, ord=order)
+                delta_BDF = delta_BDF * (bound / norm_B.clamp(min=bound))[:, None, None]
+        return delta_BDF
+
+    def after_chunk(
+        self, s_BDF: torch.Tensor | None, v_BCD: torch.Tensor, z_BCF: torch.Tensor, eta: float, full_B: torch.Tensor
+    ) -> torch.Tensor:
+        """Returns ``r S + bound(eta write(v, z))`` where the chunk is full, S in other rows; ``None`` is S = 0."""
+        full_B11 = full_B[:, None, None]
+        delta_BDF = torch.where(full_B11, self.bound(eta * self.write(v_BCD.float(), z_BCF.float())), 0.0)
+        if s_BDF is None:
+            return delta_BDF
+        if self.retention != 1.0:
+            s_BDF = torch.where(full_B11, self.retention * s_BDF, s_BDF)
+        return s_BDF + delta_BDF
+
+    def row_scale(self, s_BDF: torch.Tensor, w_down_DF: torch.Tensor) -> torch.Tensor | None:
+        """Returns ``|W0[d]| / |W0[d] + S[d]|`` (B D), what rows are read multiplied with; ``None`` for nothing."""
+        if not self.preserve_row_norm:
+            return None
+        base_DF = w_down_DF.detach().float()
+        moved_BD = (base_DF + s_BDF.detach()).norm(dim=2)
+        return base_DF.norm(dim=1) / moved_BD.clamp(min=1e-12)
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What values are made of: embeddings or the MLP's input, mixed by ``ttt_conv`` or the next position alone."""
+
+    from_embeddings: bool
+    convolution: bool
+
+
+# What this file implements, by the names in config.json. An export reads the keys and refuses what is not there.
+UPDATE_RULES = {"sum": UpdateRule}
+TARGETS = {
+    "input_embed": Target(from_embeddings=True, convolution=True),
+    "hidden_states": Target(from_embeddings=False, convolution=True),
+    "next_hidden": Target(from_embeddings=False, convolution=False),
+}
+BOUNDS = {  # fields of every rule
+    "clip": "intttrain_delta_clip",
+    "spectral": "intttrain_delta_spectral",
+    "preserve_row_norm": "intttrain_preserve_row_norm",
+}
+_UPDATE_KEY = "intttrain_update"
+
+
+def _key_of(field: str) -> str:
+    """Returns what a field of an update rule is called in ``config.json``."""
+    return BOUNDS.get(field, f"{_UPDATE_KEY}.{field}")
+
+
+@dataclasses.dataclass(frozen=True)
 class FastWeightSettings:
-    """The ``ttt_*`` keys of ``config.json`` plus the optional bounds on one chunk's update."""
+    """The ``ttt_*`` and ``intttrain_*`` keys of ``config.json``."""
 
     layers: tuple[int, ...]
     eta: float
     chunk_tokens: int
-    target: str
-    delta_clip: float | None = None
-    delta_spectral: float | None = None
-    preserve_row_norm: bool = False
+    target: Target
+    update: UpdateRule
 
 
 def read_settings(config: Any) -> FastWeightSettings | None:
@@ -76,7 +164,9 @@ def read_settings(config: Any) -> FastWeightSettings | None:
     missing = [key for key in _KEYS if getattr(config, key, None) is None]
     if missing:
         raise ValueError(f"config.json has ttt_mode but no {', '.join(missing)}; a TTT model needs {', '.join(_KEYS)}")
-    unknown = [key for key in vars(config) if key.startswith("intttrain_") and key not in _EXTRA_KEYS]
+    unknown = [
+        key for key in vars(config) if key.startswith("intttrain_") and key not in (*BOUNDS.values(), _UPDATE_KEY)
+    ]
     if unknown:
         raise ValueError(f"config.json has {unknown[0]}, which this modelling file does not know; use a newer one")
     layers, proj, eta, chunk, target = (getattr(config, key) for key in _KEYS)
@@ -87,12 +177,23 @@ def read_settings(config: Any) -> FastWeightSettings | None:
     _require(proj is True, "ttt_proj", proj, "true")
     _require(_is_number(eta) and eta >= 0, "ttt_lr", eta, "a finite number, at least 0")
     _require(type(chunk) is int and chunk >= 1, "ttt_chunk", chunk, "a whole number of tokens, at least 1")
-    _require(target in _TARGETS, "ttt_target", target, f"one of {', '.join(_TARGETS)}")
-    *bounds, rows = (getattr(config, key, None) for key in _EXTRA_KEYS)
-    for key, bound in zip(_EXTRA_KEYS, bounds, strict=False):
-        _require(bound is None or (_is_number(bound) and bound > 0), key, bound, "a finite number above 0, or absent")
-    _require(rows is None or isinstance(rows, bool), _EXTRA_KEYS[-1], rows, "true or false")
-    return FastWeightSettings(tuple(layers), float(eta), chunk, target, *bounds, bool(rows))
+    _require(isinstance(target, str) and target in TARGETS, "ttt_target", target, f"one of {', '.join(TARGETS)}")
+    return FastWeightSettings(tuple(layers), float(eta), chunk, TARGETS[target], _read_update(config))
+
+
+def _read_update(config: Any) -> UpdateRule:
+    """Returns the update rule of ``config.json``, by default the plain sum, with its bounds."""
+    section = getattr(config, _UPDATE_KEY, None)
+    section = {"kind": "sum"} if section is None else section
+    kind = section.get("kind") if isinstance(section, dict) else None
+    known = ", ".join(UPDATE_RULES)
+    _require(isinstance(kind, str) and kind in UPDATE_RULES, f"{_UPDATE_KEY}.kind", kind, f"one of {known}")
+    rule = UPDATE_RULES[kind]
+    wanted = {"kind", *(field.name for field in dataclasses.fields(rule) if field.name not in BOUNDS)}
+    _require(section.keys() == wanted, _UPDATE_KEY, section, f"a section of {', '.join(sorted(wanted))}")
+    bounds = {field: getattr(config, key, None) for field, key in BOUNDS.items()}
+    given = {field: value for field, value in bounds.items() if value is not None}
+    return rule(**given, **{field: value for field, value in section.items() if field != "kind"})
 
 
 def _is_number(value: Any) -> bool:
@@ -253,7 +354,7 @@ class InPlaceTTTMLP(nn.Module):
         self.gate_proj, self.up_proj, self.down_proj = plain.gate_proj, plain.up_proj, plain.down_proj
         self.act_fn = plain.act_fn
         self.ttt_proj = _TargetProjection(width, width, bias=False)
-        if settings.target != "next_hidden":
+        if settings.target.convolution:
             self.ttt_conv = _TargetConv(width, width, CONV_TAPS, padding=CONV_TAPS // 2, groups=width, bias=False)
         self.call: _Call | None = None  # set by the decoder layer for the duration of one call
         self.cache: InPlaceTTTCache | None = None
@@ -266,7 +367,7 @@ class InPlaceTTTMLP(nn.Module):
         if z_BTF.shape[-1] != self.d_ff:
             raise NotImplementedError("tensor parallelism over the feed-forward axis is not supported")
         base_BTD = self.down_proj(z_BTF)
-        source_BTD = self.call.embeds_BTD if self.settings.target == "input_embed" else x_BTD
+        source_BTD = self.call.embeds_BTD if self.settings.target.from_embeddings else x_BTD
         state = None if self.cache is None else self.cache.fast_weights.get(self.layer_idx)
         if state is None:
             state = self._fresh_state(z_BTF, source_BTD)
@@ -340,28 +441,17 @@ class InPlaceTTTMLP(nn.Module):
             return None, None
         with torch.autocast(z_BCF.device.type, enabled=False):
             update_BCD = torch.einsum("bdf,bcf->bcd", s_BDF, z_BCF.float())
-            if not self.settings.preserve_row_norm:
-                return update_BCD, None
-            base_DF = self.down_proj.weight.detach().float()
-            moved_BD = (base_DF + s_BDF.detach()).norm(dim=2)
-            return update_BCD, (base_DF.norm(dim=1) / moved_BD.clamp(min=1e-12))[:, None]
+            scale_BD = self.settings.update.row_scale(s_BDF, self.down_proj.weight)
+            return update_BCD, None if scale_BD is None else scale_BD[:, None]
 
     def _commit(
         self, s_BDF: torch.Tensor | None, z_BCF: torch.Tensor, x_BCD: torch.Tensor, full_B: torch.Tensor
     ) -> torch.Tensor:
-        """Returns the state after adding the chunk's update in the rows where the chunk is full."""
-        settings = self.settings
-        following = settings.target == "next_hidden"
-        u_BCD = nn.functional.pad(x_BCD[:, 1:], (0, 0, 0, 1)) if following else self.ttt_conv(x_BCD)
-        v_BCD = self.ttt_proj(u_BCD)
+        """Returns the state after the chunk in the rows where the chunk is full."""
+        mixes, update = self.settings.target.convolution, self.settings.update
+        v_BCD = self.ttt_proj(self.ttt_conv(x_BCD) if mixes else nn.functional.pad(x_BCD[:, 1:], (0, 0, 0, 1)))
         with torch.autocast(z_BCF.device.type, enabled=False):
-            delta_BDF = settings.eta * torch.einsum("bcd,bcf->bdf", v_BCD.float(), z_BCF.float())
-            for bound, order in ((settings.delta_clip, "fro"), (settings.delta_spectral, 2)):
-                if bound is not None:
-                    norm_B = torch.linalg.matrix_norm(delta_BDF, ord=order)
-                    delta_BDF = delta_BDF * (bound / norm_B.clamp(min=bound))[:, None, None]
-            delta_BDF = torch.where(full_B[:, None, None], delta_BDF, 0.0)
-            return delta_BDF if s_BDF is None else s_BDF + delta_BDF
+            return update.after_chunk(s_BDF, v_BCD, z_BCF, self.settings.eta, full_B)
 
 
 def _lay_out(new_BTX: torch.Tensor, open_BCX: torch.Tensor, slot_BT: torch.Tensor, chunks: int) -> torch.Tensor:

@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from intttrain import ttt
 from intttrain.config import ModelConfig
-
-CONV_TAPS = 5  # W; tap 0 is offset -2
+from intttrain.config.registry import TARGETS
 
 Array = Any  # numpy or JAX
 Stack = Literal["none", "layers", "ttt"]
@@ -132,14 +132,13 @@ def leaf_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 def _ttt_rules(model: ModelConfig) -> tuple[Rule, ...]:
     if model.ttt is None:
         return ()
-    # The next hidden state is the target itself: no convolution.
-    return (_TTT_TARGET,) if model.ttt.target == "next_hidden" else (_TTT_TARGET, _TTT_CONV)
+    return (_TTT_TARGET, _TTT_CONV) if TARGETS[model.ttt.target].convolution else (_TTT_TARGET,)
 
 
 def _tensor(model: ModelConfig, rule: Rule, layer: int | None, index: int | None) -> HFTensor:
     sizes = {
         "V": model.vocab_size, "D": model.d_model, "F": model.d_ff, "N": model.num_heads, "K": model.num_kv_heads,
-        "H": model.head_dim, "W": CONV_TAPS, "1": 1,
+        "H": model.head_dim, "W": ttt.CONV_TAPS, "1": 1,
     }  # fmt: skip
     groups = re.findall(r"\(([^)]*)\)|(\S+)", rule.theirs)
     shape = tuple(math.prod(sizes[letter] for letter in (merged or single).split()) for merged, single in groups)

@@ -22,7 +22,7 @@ from intttrain.config import ModelConfig
 from intttrain.config.registry import GATE_SIGNALS
 from intttrain.layout.sharding import constrain
 from intttrain.model.cached_attention import KeyCache, attend_cached, cache_slots, remember_keys
-from intttrain.model.decoder import Decoder, apply_layer, update_rule
+from intttrain.model.decoder import Decoder, apply_layer
 from intttrain.model.layer_groups import plan_groups, scan_layers
 from intttrain.model.loss import is_likeliest, prediction_entropy, token_nll
 from intttrain.model.rope import rope_tables
@@ -180,7 +180,7 @@ def read_tokens(
     fast, decision = ttt.commit(
         fast, _fast_weights(decoder), full_B, eta=eta, chunk_B=state.length_B // chunk_tokens,
         sequence_B=state.sequence_B, model_signal_B=surprise_B / chunk_tokens, rule=reading.gate, settings=gate,
-        update=update_rule(config.ttt),
+        update=ttt.update_rule(config.ttt),
     )  # fmt: skip
     after = after._replace(ttt=fast, surprise_B=jnp.where(full_B, 0.0, surprise_B))
     return Read(nll_BP, decision, full_B, likeliest_BP), after
@@ -256,7 +256,7 @@ def _read_layers(
 
         def project_fast(z_BPF: jax.Array, source_BPD: jax.Array) -> tuple[jax.Array, ttt.FastWeightCache]:
             assert fast_number is not None and config.ttt is not None
-            base_BPD, update = layer.mlp.project(z_BPF), update_rule(config.ttt)
+            base_BPD, update = layer.mlp.project(z_BPF), ttt.update_rule(config.ttt)
             o_BPD = ttt.read(fast, fast_number, z_BPF, base_BPD, layer.mlp.down[...], update)
             chunk_tokens = config.ttt.chunk_tokens
             places_BP = jnp.where(real_BP, position_BP % chunk_tokens, chunk_tokens)

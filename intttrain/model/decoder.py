@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from intttrain import ttt
-from intttrain.config import ModelConfig, TTTConfig
+from intttrain.config import ModelConfig
 from intttrain.layout.row_order import is_balanced
 from intttrain.layout.sharding import constrain, pieces_of
 from intttrain.model import context_attention
@@ -135,16 +135,6 @@ class Decoder(nnx.Module):
         )
 
 
-def update_rule(config: TTTConfig) -> ttt.UpdateRule:
-    """Returns the update rule that the configuration asks for."""
-    return ttt.UpdateRule(config.delta_clip, config.delta_spectral, config.preserve_row_norm)
-
-
-def target_source(config: TTTConfig, x0_BTD: jax.Array, h_BTD: jax.Array) -> jax.Array:
-    """Returns what the values of a TTT layer are made from: token embeddings, or the normalised input of its MLP."""
-    return x0_BTD if config.target == "input_embed" else h_BTD
-
-
 # What whole rows and documents that grow do differently in a layer. Each returns its result, and beside it whatever its
 # caller wants back: the rows report sizes of updates, a document that grows has new caches.
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]  # (q_BTNH, k_BTKH, v_BTKH) -> o_BTNH, ...
@@ -183,7 +173,7 @@ def apply_layer(
         z_BTF = layer.mlp.activate(h_BTD)
         if project_fast is None or config.ttt is None:
             return x_BTD + layer.mlp.project(z_BTF).astype(x_BTD.dtype), attended, None
-        o_BTD, projected = project_fast(z_BTF, target_source(config.ttt, x0_BTD, h_BTD))
+        o_BTD, projected = project_fast(z_BTF, ttt.target_source(config.ttt.target, x0_BTD, h_BTD))
     return x_BTD + o_BTD, attended, projected
 
 
@@ -201,7 +191,7 @@ def _apply_to_rows(
         fast = ttt.fast_weight_projection(
             z_BTF, ttt_layer.values(source_BTD, segment_ids_BT), layer.mlp.down[...], segment_ids_BT,
             chunk_tokens=config.ttt.chunk_tokens, eta=eta, gates_BM=gates_BM,
-            gradient_dtype=config.weight_gradient_dtype, update=update_rule(config.ttt),
+            gradient_dtype=config.weight_gradient_dtype, update=ttt.update_rule(config.ttt),
             balanced=is_balanced(config, z_BTF.shape[1], pieces_of(None, "tokens"), pieces_of(None, "heads")),
             implementation=config.ttt.implementation,
         )  # fmt: skip

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from intttrain import ttt
 from intttrain.config import ModelConfig
+from intttrain.config.registry import TARGETS
 from intttrain.layout.sharding import constrain
 from intttrain.model.linear import linear, lookup
 
@@ -90,14 +91,14 @@ class TTTParams(nnx.Module):
     """What a TTT layer learns beside its MLP: the target convolution and projection.
 
     At initialisation nothing is written, so the model equals the one without TTT, while gradients still flow:
-    the convolution is zero and the projection a random diagonal; without a convolution (``next_hidden``) the
-    projection itself is zero.
+    the convolution is zero and the projection a random diagonal; for a target without a convolution the projection
+    itself is zero.
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, stack: tuple[int, ...]):
         assert config.ttt is not None
         d = config.d_model
-        self.has_conv = config.ttt.target != "next_hidden"
+        self.has_conv = TARGETS[config.ttt.target].convolution
         self.chunk_tokens = config.ttt.chunk_tokens
         self.gradient_dtype = config.weight_gradient_dtype
         self.target = make_param(rngs, stack, (d, d), ("embed", "target"), 0.0)

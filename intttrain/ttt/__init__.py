@@ -3,7 +3,8 @@
 ``fast_weight_projection`` is the door: it replaces ``o = W0 z`` of an MLP block. ``make_targets`` computes the
 values that are written; ``FastWeightCache`` with ``read``, ``remember`` and ``commit`` is the same thing a few tokens
 at a time, where ``gating`` may decide which chunks are written.
-``UpdateRule`` says what a chunk writes and what becomes of what was written before.
+``UpdateRule`` says what a chunk writes and what becomes of what was written before, ``Target`` what it is taught; both
+are chosen by name.
 ``reference`` is the definition; everything else must agree with it in value and in gradient.
 
 Letters: B row, T tokens in a row, C tokens per chunk, M = T / C chunks, D model width, F feed-forward width,
@@ -15,10 +16,10 @@ from intttrain.ttt.chunked import MIXED_SCOPE
 from intttrain.ttt.decode import FastWeightCache, FastWeights, commit, init_cache, read, remember
 from intttrain.ttt.gating import Decision, GateRule, GateSettings, GateState
 from intttrain.ttt.layout import ChunkLayout, FastWeightState, init_state, make_layout
-from intttrain.ttt.rules import UpdateRule
+from intttrain.ttt.rules import UpdateRule, update_rule
 from intttrain.ttt.shards import STATE_NAME
 from intttrain.ttt.signals import ModelSignal, Predictions, measured_tokens
-from intttrain.ttt.targets import CONV_TAPS, make_targets, mix_neighbours
+from intttrain.ttt.targets import CONV_TAPS, Target, make_targets, mix_neighbours, target_source
 
 __all__ = [
     "CONV_TAPS",
@@ -35,6 +36,7 @@ __all__ = [
     "GateState",
     "ModelSignal",
     "Predictions",
+    "Target",
     "UpdateRule",
     "commit",
     "fast_weight_projection",
@@ -47,4 +49,6 @@ __all__ = [
     "project",
     "read",
     "remember",
+    "target_source",
+    "update_rule",
 ]

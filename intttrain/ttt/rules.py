@@ -11,6 +11,7 @@ is multiplied by. ``g_i`` is the gate. Because ``a_i`` depends on no state, chun
 Every implementation (the reference, the scans over chunks, the exchange between shards, decoding) asks the rule and
 restates none of it, so another rule is a subclass that overrides ``retention``, ``write`` or ``bound``. What has no
 closed gradient is differentiated by JAX. The Pallas kernels know ``UpdateRule()`` alone and refuse every other rule.
+``model.ttt.update`` chooses a rule by the name under which it is registered; ``update_rule`` makes it.
 
 Letters: B row, C tokens per chunk, M chunks, D model width, F feed-forward width.
 """
@@ -22,6 +23,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from intttrain.config import Config, TTTConfig
+from intttrain.config.errors import UserError
+from intttrain.config.registry import UPDATE_RULES
+from intttrain.config.ttt import BOUNDS, SumConfig
 
 _POWER_ITERATIONS = 12
 _TINY = 1e-30  # keeps the gradient of a norm finite at an update of exactly zero
@@ -137,6 +143,35 @@ class UpdateRule:
     def row_scale(self, s_DF: Float[Array, "D F"], w_down_DF: Float[Array, "D F"]) -> Float[Array, "D"] | None:
         """Returns what rows of ``W0 + S`` are read multiplied with to have the norms of W0's; ``None`` for nothing."""
         return row_scale(s_DF, w_down_DF) if self.preserve_row_norm else None
+
+
+@UPDATE_RULES.register("sum", SumConfig)
+def _sum(section: SumConfig, config: TTTConfig) -> UpdateRule:
+    return UpdateRule(**config.bounds)
+
+
+def update_rule(config: TTTConfig) -> UpdateRule:
+    """Returns the rule that ``model.ttt.update`` chooses, with the bounds of the configuration.
+
+    Raises:
+      UserError: the rule does not have a bound as it is configured, so it would be ignored.
+    """
+    rule: UpdateRule = UPDATE_RULES.choice(config.update)(config.update, config)
+    for field, name in BOUNDS.items():
+        asked, kept = config.bounds[name], getattr(rule, name)
+        if kept != asked:
+            kind = UPDATE_RULES.kind_of(config.update)
+            raise UserError(
+                f"model.ttt.{field}={asked} would be ignored: the update rule {kind!r} was made with {name}={kept}; "
+                f"use model.ttt.{field}={kept}, or make the rule with **config.bounds"
+            )
+    return rule
+
+
+@UPDATE_RULES.check_every
+def _check_bounds(config: Config) -> None:
+    if config.model.ttt is not None:
+        update_rule(config.model.ttt)
 
 
 def matmul(equation: str, a: Array, b: Array) -> Array:

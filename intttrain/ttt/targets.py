@@ -3,18 +3,41 @@
 The convolution is centred, so ``v_t`` may depend on the next tokens. That is causal only because a chunk is
 committed as a whole after it was computed; the window is therefore cut at chunk edges and at document edges.
 
+``TARGETS`` has the choices by name: a row of the table at the end of this file, or of a user's module.
+
 Letters: B row, T tokens, C tokens per chunk, M chunks, D model width, W conv taps.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from intttrain.config.registry import TARGETS
+
 CONV_TAPS = 5  # W; tap 0 is offset -2 (In-Place TTT, arXiv 2604.06169, and its released code)
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What a fast weight is taught, up to the learned projection.
+
+    Attributes:
+      source: x, the token embeddings or the normalised input of the layer's MLP.
+      convolution: whether neighbours are mixed by learned taps; without, ``u_t = x_{t+1}`` (see ``mix_neighbours``).
+    """
+
+    source: Literal["embeddings", "mlp_input"]
+    convolution: bool = True
+
+
+def target_source(name: str, embeddings: Array, mlp_input: Array) -> Array:
+    """Returns what the values of the target called ``name`` are made of."""
+    return embeddings if TARGETS[name].source == "embeddings" else mlp_input
 
 
 def make_targets(
@@ -101,3 +124,8 @@ def _convolve_backward(residuals: tuple[Any, ...], du_BMCD: Array) -> tuple[Arra
 
 
 _convolve.defvjp(_convolve_forward, _convolve_backward)
+
+
+TARGETS.add("input_embed", Target("embeddings"))
+TARGETS.add("hidden_states", Target("mlp_input"))
+TARGETS.add("next_hidden", Target("mlp_input", convolution=False))

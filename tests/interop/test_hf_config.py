@@ -93,6 +93,11 @@ def test_scaling_and_window_keys():
     }  # fmt: skip
 
 
+def test_the_default_rule_may_be_named():
+    config = written(make_model()) | {"intttrain_update": {"kind": "sum"}}
+    assert read_hf_config(config, "config.json") == trained(make_model())
+
+
 def test_our_own_keys_only_where_they_matter():
     bounds = {"delta_clip": 0.5, "delta_spectral": 0.25, "preserve_row_norm": True}
     config = written(make_model(ttt=make_ttt(target="next_hidden", **bounds)))
@@ -153,6 +158,9 @@ BROKEN = [
     ({"ttt_proj": False}, "ttt_proj=False is not supported"),
     ({"ttt_proj": "false"}, "ttt_proj='false' is not supported"),
     ({"intttrain_delta_clip": -1.0}, "delta_clip"),
+    ({"intttrain_update": {"kind": "summ"}}, "intttrain_update=.* has kind 'summ'; .* did you mean 'sum'"),
+    ({"intttrain_update": ["sum"]}, "has kind None; it must be one of 'sum'"),
+    ({"intttrain_update": {"kind": "sum", "retained": 1}}, "retained"),
     ({"intttrain_delta_klip": 1.0}, "did you mean 'intttrain_delta_clip'"),
 ]
 

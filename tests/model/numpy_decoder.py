@@ -56,10 +56,10 @@ def mlp(config, p, layer, x0_TD, h_TD, segments_T, eta):
     if config.ttt is None or layer not in config.ttt.layers:
         return z_TF @ w_DF.T
     at, chunk = config.ttt.layers.index(layer), config.ttt.chunk_tokens
-    source_TD = x0_TD if config.ttt.target == "input_embed" else h_TD
-    conv_WD = None if config.ttt.target == "next_hidden" else p["ttt.conv"][at]
+    source_TD = x0_TD if config.ttt.target in ("input_embed", "next_embed") else h_TD
+    conv_WD = None if config.ttt.target in ("next_hidden", "next_embed") else p["ttt.conv"][at]
     v_TD = loop.targets(source_TD[None], p["ttt.target"][at], conv_WD, segments_T[None], chunk)[0]
-    update = ttt.UpdateRule(config.ttt.delta_clip, config.ttt.delta_spectral, config.ttt.preserve_row_norm)
+    update = ttt.update_rule(config.ttt)
     fresh = loop.Carried(np.zeros_like(w_DF), -1)
     gates_M = np.ones(len(h_TD) // chunk)
     return loop.project_row(z_TF, v_TD, w_DF, segments_T, chunk, eta, gates_M, fresh, update)[0]

@@ -25,7 +25,6 @@ from intttrain.model import (
     restart_rows,
     token_nll,
 )
-from intttrain.model import decoder as decoder_module
 from intttrain.model.layers import TTTParams
 
 QUICK = {"xla_backend_optimization_level": 0}  # compiled in half the time
@@ -163,12 +162,12 @@ def test_every_split_makes_the_same_decisions(signal: str) -> None:
 
 
 def test_another_target_is_written_by_rows_and_by_decoding_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Changed where it stands: in ``target_source`` and ``TTTParams.values``, and nowhere else."""
+    """Changed where it stands: in ``ttt.target_source`` and ``TTTParams.values``, and nowhere else."""
     config = dataclasses.replace(BASE, ttt=dataclasses.replace(BASE.ttt, eta=0.25))  # type: ignore[type-var]
     params, plain = random_params(config), TTTParams.values
     tokens_BT = np.pad(TOKENS, ((0, 0), (0, PADDED - LENGTH)))
     usual = forward(BASE, params, TOKENS, 0.25)[1]  # the same model by another name, traced before the change
-    monkeypatch.setattr(decoder_module, "target_source", lambda _, x0_BTD, h_BTD: x0_BTD * h_BTD)
+    monkeypatch.setattr(ttt, "target_source", lambda _, x0_BTD, h_BTD: x0_BTD * h_BTD)
     monkeypatch.setattr(TTTParams, "values", lambda self, *arguments: jnp.tanh(plain(self, *arguments)))
     changed = forward(config, params, TOKENS)[1]
     reading = Reading(CHUNK, PADDED, wants_nll=True)

@@ -50,7 +50,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture(scope="session")
 def trained(world: World) -> Path:
-    """A run with the user's optimizer and schedule, stopped and continued by a process that knows nothing of them."""
+    """A run with parts of the user's, stopped and continued by a process that knows nothing of them."""
     command = ("train", world.config, PLUGINS, *OWN_PARTS, f"--workdir={world.root / 'run'}")
     done(*command, "--stop_at_step=2")
     forget()
@@ -59,6 +59,8 @@ def trained(world: World) -> Path:
 
 
 OWN_PARTS = (
+    "--config.model.ttt.update={'kind': 'forgets', 'retained': 0.7}",
+    "--config.model.ttt.target=next_embed",
     "--config.train.optimizer={'kind': 'muon', 'beta': 0.9}",
     "--config.train.schedule={'kind': 'hold', 'peak_learning_rate': 3e-3, 'warmup_steps': 0, 'hold_steps': 2}",
 )

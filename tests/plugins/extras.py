@@ -13,11 +13,14 @@ import optax
 import optax.contrib
 
 from intttrain.config.errors import UserError
-from intttrain.config.literals import MomentDecay, NonNegativeFloat, PositiveFloat, PositiveInt, section
-from intttrain.config.registry import GATE_RULES, GATE_SIGNALS, OPTIMIZERS, SCHEDULES, SOURCES
+from intttrain.config.literals import Fraction, MomentDecay, NonNegativeFloat, PositiveFloat, PositiveInt, section
+from intttrain.config.registry import GATE_RULES, GATE_SIGNALS, OPTIMIZERS, SCHEDULES, SOURCES, TARGETS, UPDATE_RULES
 from intttrain.config.training import ScheduleConfig
+from intttrain.config.ttt import TTTConfig
 from intttrain.ttt.gating import BlindRule, SignalRule
 from intttrain.ttt.signals import LayerSignal
+from intttrain.ttt.targets import Target
+from tests.ttt.other_rules import Forgets
 
 # --- gates ---------------------------------------------------------------------------------------------------------
 
@@ -44,6 +47,26 @@ GATE_RULES.add("above_mean", AboveMean("generate", "evaluate", "study"))
 GATE_SIGNALS.add(
     "target_size", LayerSignal(lambda chunk: jnp.mean(jnp.square(chunk.v_BCD.astype(jnp.float32)), (1, 2)))
 )
+
+
+# --- update rule and target ----------------------------------------------------------------------------------------
+
+
+@section
+class ForgetsConfig:
+    """A share of the state is left after every chunk."""
+
+    kind: Literal["forgets"] = "forgets"
+    retained: Fraction = 0.8
+    bounded: bool = True  # false: made without the bounds of the configuration, a mistake
+
+
+@UPDATE_RULES.register("forgets", ForgetsConfig)
+def forgets(config: ForgetsConfig, ttt: TTTConfig) -> Forgets:
+    return Forgets(**(ttt.bounds if config.bounded else {}), retained=config.retained)
+
+
+TARGETS.add("next_embed", Target("embeddings", convolution=False))
 
 
 # --- optimizer and schedule ----------------------------------------------------------------------------------------

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -14,7 +17,8 @@ from intttrain.config.errors import UserError
 from intttrain.config.literals import section
 from intttrain.config.registry import GATE_RULES, OPTIMIZERS, Registry
 from intttrain.data import TokenStore
-from tests.app.small import World, cli, done, error_line, metrics
+from intttrain.interop.implemented import check_implemented
+from tests.app.small import REPO, World, cli, config_of, done, error_line, metrics
 from tests.plugins.conftest import MODULE, OWN_PARTS, PLUGINS, forget
 
 
@@ -24,12 +28,16 @@ def test_a_source_of_ones_own_fills_the_stores(world: World) -> None:
     assert all(store.manifest.source == f"jsonl {world.root / 'corpus.jsonl'}" for store in stores)
 
 
-def test_an_optimizer_and_a_schedule_of_ones_own_train_and_go_on(trained: Path) -> None:
+def test_parts_of_ones_own_train_and_go_on(trained: Path) -> None:
     assert [record["learning_rate"] for record in metrics(trained)] == pytest.approx([3e-3, 3e-3, 3e-4, 3e-4])
     state = saved_arrays(trained)
     assert any("muon" in name for name in state), sorted(state)
     flat = json.loads((trained / "config.json").read_text())["flat_config"]
     assert flat["plugins"] == [MODULE]
+    assert {key: flat[key] for key in flat if key.startswith(("model.ttt.update.", "model.ttt.target"))} == {
+        "model.ttt.target": "next_embed", "model.ttt.update.kind": "forgets", "model.ttt.update.retained": 0.7,
+        "model.ttt.update.bounded": True,
+    }  # fmt: skip
     assert {key: flat[key] for key in flat if key.startswith("train.optimizer.")} == {
         "train.optimizer.kind": "muon", "train.optimizer.beta": 0.9, "train.optimizer.weight_decay": 0.1,
         "train.optimizer.clip_norm": 1.0,
@@ -49,11 +57,40 @@ def test_a_gate_and_a_signal_of_ones_own_decide_in_generation(trained: Path) -> 
     assert "did you mean 'above_mean'?" in error_line(cli(*command, "--gate=above_men"))
 
 
+def test_a_run_goes_on_with_the_numbers_of_its_rule(trained: Path, world: World) -> None:
+    line = error_line(cli("train", world.config, PLUGINS, *OWN_PARTS[1:], OTHER_SHARE, f"--workdir={trained}"))
+    assert "model.ttt.update.retained=0.7 in the run but 0.6 now" in line
+
+
+OTHER_SHARE = "--config.model.ttt.update={'kind': 'forgets', 'retained': 0.6}"
+
+
+def test_export_refuses_what_the_modelling_file_does_not_know(trained: Path, tmp_path: Path) -> None:
+    output = tmp_path / "hf"
+    line = error_line(cli("export", f"--workdir={trained}", f"--output={output}"), after_other_lines=True)
+    assert "model.ttt.update.kind='forgets' cannot be exported" in line and "knows 'sum' only" in line
+    assert not list(tmp_path.iterdir()), "nothing was written"
+    model = config_of(trained).model
+    assert model.ttt is not None
+    ttt = dataclasses.replace(model.ttt, update=default_config_section())
+    with pytest.raises(UserError, match=r"ttt\.target='next_embed' cannot be exported: .* 'next_hidden' only"):
+        check_implemented(ttt)
+    check_implemented(dataclasses.replace(ttt, target="next_hidden"))
+
+
+def default_config_section() -> Any:
+    """The section of the rule that is shipped."""
+    return resolve(default_config()).model.ttt.update  # type: ignore[union-attr]
+
+
 def test_a_gate_of_ones_own_is_evaluated(trained: Path, world: World) -> None:
     gates = "--config.eval.gates=({'rule': 'above_mean', 'signal': 'target_size'}, {'rule': 'first_chunks'})"
     lengths = ("--config.eval.context.lengths=(64,)", "--config.eval.context.block_tokens=32")
     out = done("eval", world.config, PLUGINS, f"--workdir={trained}", "--task=context", *lengths, gates).out
     assert "above_mean high target_size 0.5" in out and "first_chunks 0.5" in out
+
+
+CLIP = "--config.model.ttt.delta_clip=0.5"
 
 
 @pytest.mark.parametrize(
@@ -68,6 +105,26 @@ def test_a_gate_of_ones_own_is_evaluated(trained: Path, world: World) -> None:
             ["unknown key train.optimizer.bta", "'beta'"],
         ),
         ((PLUGINS, "--config.train.optimizer={'kind': 'muon', 'beta': 2.0}"), ["train.optimizer.beta=2.0"]),
+        (
+            (PLUGINS, "--config.model.ttt.update={'kind': 'forget'}"),
+            ["model.ttt.update.kind='forget'", "'sum', 'forgets'", "did you mean 'forgets'?"],
+        ),
+        (
+            (PLUGINS, "--config.model.ttt.update={'kind': 'forgets', 'retain': 0.5}"),
+            ["unknown key model.ttt.update.retain", "did you mean 'retained'?"],
+        ),
+        (
+            (PLUGINS, "--config.model.ttt.update={'kind': 'forgets', 'retained': 1.5}"),
+            ["model.ttt.update.retained=1.5"],
+        ),
+        (
+            (PLUGINS, "--config.model.ttt.update={'kind': 'forgets', 'bounded': False}", CLIP),
+            ["model.ttt.delta_clip=0.5 would be ignored", "'forgets'", "clip=None", "**config.bounds"],
+        ),
+        (
+            (PLUGINS, "--config.model.ttt.target=next_embd"),
+            ["model.ttt.target='next_embd'", "did you mean 'next_embed'"],
+        ),
         (
             (PLUGINS, "--config.eval.gates=({'rule': 'first_chunk'},)"),
             ["eval.gates.0.rule='first_chunk'", "did you mean 'first_chunks'?"],
@@ -96,6 +153,13 @@ def test_what_is_shipped_is_as_it_was() -> None:
     assert "train.optimizer.kind" not in flat and flat["plugins"] == []
     tree.train.optimizer = {"kind": "adamw", "b1": 0.8}
     assert flatten(as_dict(resolve(tree))) == flat | {"train.optimizer.b1": 0.8}
+
+
+def test_a_default_configuration_loads_no_definitions() -> None:
+    program = (
+        "import sys; from intttrain.config import default_config; default_config(); assert 'jax' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=REPO, check=True)
 
 
 def test_a_section_has_what_is_read_elsewhere() -> None:
