@@ -281,3 +281,4 @@ SCHEDULES: Registry[Any] = Registry(
 SOURCES: Registry[Any] = Registry(
     "data source", "intttrain.data.text_files", "intttrain.data.tensorflow_sources", needs=("kind",)
 )
+FAMILIES: Registry[Any] = Registry("family", "intttrain.config.families")

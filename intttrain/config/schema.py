@@ -38,7 +38,17 @@ from intttrain.config.literals import (
     Switch,
 )
 from intttrain.config.problems import explain_problem
-from intttrain.config.registry import OPTIMIZERS, SCHEDULES, SOURCES, Registry, SectionOf, hints_of, import_plugins
+from intttrain.config.registry import (
+    FAMILIES,
+    OPTIMIZERS,
+    SCHEDULES,
+    SOURCES,
+    Named,
+    Registry,
+    SectionOf,
+    hints_of,
+    import_plugins,
+)
 from intttrain.config.training import STAGE_VALUES, AdamWConfig, CheckpointConfig, ScheduleConfig, TrainConfig
 
 
@@ -89,9 +99,9 @@ class RopeConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class ModelConfig:
-    """A Qwen3- or Llama-style decoder; ``family`` decides the per-head q/k RMSNorm and the exported names."""
+    """A decoder of one of the families in ``config/families.py``, which says what it has and how it is exported."""
 
-    family: Literal["qwen3", "llama"]
+    family: Annotated[str, Named(FAMILIES)]
     vocab_size: PositiveInt
     d_model: PositiveInt
     d_ff: PositiveInt
