@@ -10,9 +10,11 @@ field describes yet gets a field here, whose default is what all others do.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
-from intttrain.config.registry import FAMILIES
+from intttrain.config.registry import FAMILIES, Named
+
+FamilyName = Annotated[str, Named(FAMILIES)]
 
 
 @dataclasses.dataclass(frozen=True)

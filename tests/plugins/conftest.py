@@ -59,6 +59,7 @@ def trained(world: World) -> Path:
 
 
 OWN_PARTS = (
+    "--config.model.family=mistral",
     "--config.train.optimizer={'kind': 'muon', 'beta': 0.9}",
     "--config.train.schedule={'kind': 'hold', 'peak_learning_rate': 3e-3, 'warmup_steps': 0, 'hold_steps': 2}",
 )

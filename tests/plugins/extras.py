@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,9 +14,12 @@ import optax
 import optax.contrib
 
 from intttrain.config.errors import UserError
+from intttrain.config.families import Family
 from intttrain.config.literals import MomentDecay, NonNegativeFloat, PositiveFloat, PositiveInt, section
-from intttrain.config.registry import GATE_RULES, GATE_SIGNALS, OPTIMIZERS, SCHEDULES, SOURCES
+from intttrain.config.registry import EVAL_TASKS, FAMILIES, GATE_RULES, GATE_SIGNALS, OPTIMIZERS, SCHEDULES, SOURCES
 from intttrain.config.training import ScheduleConfig
+from intttrain.evals.run import EvalRun
+from intttrain.model import Sampling
 from intttrain.ttt.gating import BlindRule, SignalRule
 from intttrain.ttt.signals import LayerSignal
 
@@ -106,3 +110,57 @@ def read_jsonl(source: JsonlSource, counts: Any, report: Callable[[str], None]) 
             if source.text_key not in (record := json.loads(line)):
                 raise UserError(f"prepare.source.text_key={source.text_key!r} is not in line {number + 1} of {path}")
             yield f"{path.name}/{number}", record[source.text_key]
+
+
+# --- evaluation task -----------------------------------------------------------------------------------------------
+
+
+@section
+class VowelsConfig:
+    """Which letters are counted, in how long a continuation."""
+
+    kind: Literal["vowels"] = "vowels"
+    letters: str = "aeiou"
+    max_new_tokens: PositiveInt = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class VowelsReport:
+    """Share of the letters by condition."""
+
+    letters: str
+    share: dict[str, float]
+
+    def table(self) -> str:
+        return "".join(f"{name}: {share:.3f} {self.letters}\n" for name, share in self.share.items())
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@EVAL_TASKS.register("vowels", VowelsConfig)
+def vowels(run: EvalRun) -> None:
+    settings, share = run.config.eval.own, {}
+    for name, complete in run.completers().items():
+        prompts = ["def ", "return value"]
+        texts = complete(prompts, max_new_tokens=settings.max_new_tokens, sampling=Sampling(temperature=0.0))
+        written = "".join(text for _, text in texts)
+        share[name] = sum(letter in settings.letters for letter in written) / max(1, len(written))
+        run.report(f"{name}: {len(written)} letters")
+    run.finish(VowelsReport(settings.letters, share))
+
+
+@section
+class CountedConfig:
+    """What is counted, which has no default."""
+
+    of: str
+    kind: Literal["counted"] = "counted"
+
+
+EVAL_TASKS.add("counted", vowels, CountedConfig)
+
+
+# --- Hugging Face family -------------------------------------------------------------------------------------------
+
+FAMILIES.add("mistral", Family("Mistral", window="number"))
