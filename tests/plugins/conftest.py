@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import tests.interop.conftest  # noqa: F401  (what transformers caches goes into a folder of the test run)
 from intttrain.config import registry
 from tests.app.small import CONFIG_TEXT, WORDS, World, done
 

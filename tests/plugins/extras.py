@@ -15,7 +15,7 @@ import optax.contrib
 
 from intttrain.config.errors import UserError
 from intttrain.config.families import Family
-from intttrain.config.literals import MomentDecay, NonNegativeFloat, PositiveFloat, PositiveInt, section
+from intttrain.config.literals import MomentDecay, NonNegativeFloat, PositiveFloat, PositiveInt, Switch, section
 from intttrain.config.registry import EVAL_TASKS, FAMILIES, GATE_RULES, GATE_SIGNALS, OPTIMIZERS, SCHEDULES, SOURCES
 from intttrain.config.training import ScheduleConfig
 from intttrain.evals.run import EvalRun
@@ -117,22 +117,23 @@ def read_jsonl(source: JsonlSource, counts: Any, report: Callable[[str], None]) 
 
 @section
 class VowelsConfig:
-    """Which letters are counted, in how long a continuation."""
+    """Which letters are counted, in held-out documents or in what the model writes."""
 
     kind: Literal["vowels"] = "vowels"
     letters: str = "aeiou"
-    max_new_tokens: PositiveInt = 4
+    written: Switch = False
 
 
 @dataclasses.dataclass(frozen=True)
 class VowelsReport:
-    """Share of the letters by condition."""
+    """How many of some letters there are among all."""
 
     letters: str
-    share: dict[str, float]
+    found: int
+    among: int
 
     def table(self) -> str:
-        return "".join(f"{name}: {share:.3f} {self.letters}\n" for name, share in self.share.items())
+        return f"{self.found} of {self.among} are in {self.letters}\n"
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -140,14 +141,16 @@ class VowelsReport:
 
 @EVAL_TASKS.register("vowels", VowelsConfig)
 def vowels(run: EvalRun) -> None:
-    settings, share = run.config.eval.own, {}
-    for name, complete in run.completers().items():
-        prompts = ["def ", "return value"]
-        texts = complete(prompts, max_new_tokens=settings.max_new_tokens, sampling=Sampling(temperature=0.0))
-        written = "".join(text for _, text in texts)
-        share[name] = sum(letter in settings.letters for letter in written) / max(1, len(written))
-        run.report(f"{name}: {len(written)} letters")
-    run.finish(VowelsReport(settings.letters, share))
+    own = run.config.eval.own
+    if own.written:
+        answers = run.completers()["on"](["def ", "return"], max_new_tokens=4, sampling=Sampling(temperature=0.0))
+        texts = [text for _, text in answers]
+    else:
+        texts = [run.tokenizer.decode(row.tokens_BT.tolist()) for row in run.heldout(64, 64)]
+    run.report(f"counting {own.letters} in {len(texts)} texts")
+    run.finish(
+        VowelsReport(own.letters, sum(text.count(one) for text in texts for one in own.letters), sum(map(len, texts)))
+    )
 
 
 @section

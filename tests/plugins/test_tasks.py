@@ -15,12 +15,12 @@ def test_a_task_of_ones_own_reports_beside_the_others(trained: Path, world: Worl
     forget()  # what is stored with the run names the module
     command = ("eval", world.config, f"--workdir={trained}", "--task=vowels")
     outcome = done(*command)
-    assert "on: 8 letters" in outcome.err and "off: " in outcome.out
-    given = (PLUGINS, "--config.eval.own.kind=vowels", "--config.eval.own.letters=xyz", f"--json={trained / 'v.json'}")
-    assert "xyz" in done(*command, *given).out
-    (first, second) = sorted((trained / "eval").rglob("vowels.json"))
-    assert [json.loads(path.read_text())["letters"] for path in (first, second)] == ["aeiou", "xyz"]
-    assert json.loads((trained / "v.json").read_text()) == json.loads(second.read_text())
+    assert "counting aeiou in" in outcome.err and "are in aeiou" in outcome.out
+    own = ("--config.eval.own.kind=vowels", "--config.eval.own.letters= e", "--config.eval.own.written=true")
+    done(*command, PLUGINS, *own, f"--json={trained / 'vowels.json'}")
+    first, second, other = (json.loads(path.read_text()) for path in sorted(trained.rglob("vowels.json")))
+    assert (first["step"], first["letters"], second["letters"], second["among"]) == (4, "aeiou", " e", 8)
+    assert second == other
     assert "vowels.json of step 4 already" in done(*command, "--follow").err
 
 
@@ -30,7 +30,7 @@ def test_a_task_of_ones_own_reports_beside_the_others(trained: Path, world: Worl
         (["--task=vowel"], ["--task=vowel: it must be one of", "did you mean 'vowels'?"]),
         (["--config.eval.own={'kind': 'vowel'}"], ["eval.own.kind='vowel'", "did you mean 'vowels'?"]),
         (["--config.eval.own={'kind': 'vowels', 'letter': 'a'}"], ["unknown key eval.own.letter", "'letters'"]),
-        (["--config.eval.own={'kind': 'vowels', 'max_new_tokens': 0}"], ["eval.own.max_new_tokens=0"]),
+        (["--config.eval.own={'kind': 'vowels', 'written': 1}"], ["eval.own.written=1"]),
         (["--config.eval.own={'kind': 'ruler', 'samples': 1}"], ["unknown key eval.own.samples", "nothing to choose"]),
         (
             ["--task=counted", "--config.eval.own={'kind': 'vowels'}"],
