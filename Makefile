@@ -56,7 +56,7 @@ test: $(full)
 	$(python) -m pytest -n $(JOBS) --dist worksteal $(TESTS)
 
 test-slow: $(full)
-	$(python) -m pytest -n $(JOBS) --dist worksteal -m slow
+	$(python) -m pytest -n $(JOBS) --dist loadfile -m slow
 
 # A fresh environment each time: the newest releases are those of today.
 test-newest:

@@ -338,6 +338,34 @@ def test_a_letter_means_the_same_in_the_whole_core():
     assert table.keys() <= seen
 
 
+# The other folders: no letter there has to mean what it means in ROOMS, but every file says what it means.
+OTHER_ROOMS = ("evals", "data", "planner", "layout", "app", "pod", "config", "logs", "storage")
+
+
+def explained_letters(path: Path) -> set[str]:
+    """The letters of a legend, and of those that it names: ``Letters: as in ``metrics``.``"""
+    legend = re.search(r"Letters: (.*?)(?:\n\n|\Z)", ast.get_docstring(ast.parse(path.read_text())) or "", re.DOTALL)
+    text = re.sub(r"\s+", " ", legend.group(1)) if legend is not None else ""
+    named = [explained_letters(path.with_name(f"{name}.py")) for name in re.findall(r"as in ``(\w+)``", text)]
+    return set(re.findall(r"(?:^|[,;.:] )([A-Za-z]) ", text)).union(*named)
+
+
+def letters_in_names(source: str) -> set[str]:
+    """The letters at the end of the names that a module gives: ``x_BTD`` has B, T and D."""
+    nodes = list(ast.walk(ast.parse(source)))
+    names = [node.arg for node in nodes if isinstance(node, ast.arg)]
+    names += [node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
+    dims = [match[1] for name in names if (match := re.fullmatch(r"[a-z0-9_]+_((?=\w*[A-Z])[A-Za-z0-9]{1,6})", name))]
+    return {letter for dim in dims for letter in dim if letter.isalpha()}
+
+
+def test_files_explain_the_letters_of_their_names():
+    paths = [path for room in OTHER_ROOMS for path in sorted((REPO / "intttrain" / room).rglob("*.py"))]
+    missing = {str(path): letters_in_names(path.read_text()) - explained_letters(path) for path in paths}
+    assert not {path: sorted(letters) for path, letters in missing.items() if letters}
+    assert letters_in_names("def f(x_BT): y_nB1 = x_BT; NAMES_OF_ALL = a_Q") == set("BTn")
+
+
 # --- command lines -------------------------------------------------------------------------------------------------
 
 

@@ -38,7 +38,7 @@ def follow_run(
     Raises:
       UserError: a checkpoint that stays cannot be read, or anything that ``evaluate`` raises.
     """
-    _wait_for_run(workdir, report)
+    _wait(lambda: (_FINISHED if has_run(workdir) else _WAIT, f"waiting for a run in {workdir}"), report)
     last, done = last_step(workdir), evaluated_steps(workdir / "eval", task)
     if done:
         report(f"{workdir / 'eval'} has {task}.json of step {', '.join(map(str, sorted(done)))} already")
@@ -58,31 +58,29 @@ def evaluated_steps(folder: Place, task: str) -> set[int]:
     return {int(name) for name in names if name.isdecimal()}
 
 
-def _wait_for_run(workdir: Place, report: Report) -> None:
-    told = False
-    while not _agreed(int(has_run(workdir))):
-        if not told:
-            report(f"waiting for a run in {workdir}")
-        told = True
-        time.sleep(POLL_S)
-
-
 def _next_step(checkpoints: Checkpoints, done: set[int], last: int, report: Report) -> int:
     """Waits for a step that is not done and returns the newest; ``_FINISHED`` when there is and will be none."""
+
+    def look() -> tuple[int, str]:
+        steps = set(checkpoints.steps())
+        seen = f"the newest is step {max(steps | done)}" if steps | done else "there is none yet"
+        step = max(steps - done, default=_FINISHED if last in steps | done else _WAIT)
+        return step, f"waiting for a checkpoint; {seen} of {last}"
+
+    return _wait(look, report)
+
+
+def _wait(look: Callable[[], tuple[int, str]], report: Report) -> int:
+    """Returns what the first process sees once that is not ``_WAIT``; says once what is waited for."""
     told = False
     while True:
-        steps = set(checkpoints.steps())
-        step = _agreed(max(steps - done, default=_FINISHED if last in steps | done else _WAIT))
-        if step != _WAIT:
-            return step
+        value, waiting = look()
+        if (value := _agreed(value)) != _WAIT:
+            return value
         if not told:
-            report(f"waiting for a checkpoint; {_newest(steps | done)} of {last}")
+            report(waiting)
         told = True
         time.sleep(POLL_S)
-
-
-def _newest(steps: set[int]) -> str:
-    return f"the newest is step {max(steps)}" if steps else "there is none yet"
 
 
 def _load_unless_removed(checkpoints: Checkpoints, step: int, load: Callable[[int], Trained]) -> Trained | None:

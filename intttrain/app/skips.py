@@ -2,6 +2,8 @@
 
 A step whose loss, gradient or outcome is not finite, or whose loss is a spike, changes nothing (``train/step.py``). So
 there is nothing to undo: the run goes on behind its rows.
+
+Letters: B rows of a batch.
 """
 
 from __future__ import annotations

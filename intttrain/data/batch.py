@@ -1,6 +1,6 @@
 """The batch: the only thing that passes from the data pipeline to the model.
 
-B rows, T tokens in a row.
+Letters: B rows, T tokens in a row.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Evaluation rows: one document per row, read from its first token.
 
 Packing mixes documents and starts in their middle; loss by position in the document needs neither.
+
+Letters: N chosen documents, n documents of the store.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ Decisions
     position 0: attention and the fast weight see this row only, so the position counts the tokens that are visible,
     and rotary angles of large offsets lose accuracy in float32.
 
-Letters: B rows, T tokens in a row, n documents of the store, k documents that touch one row.
+Letters: B rows, T tokens in a row, N tokens of the store, n documents of the store, k documents that touch one row, S
+tokens of one row that are no padding.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Seeded permutations that never change: integer arithmetic only, the same on every machine and NumPy release.
 
 ``numpy.random.Generator`` does not promise the same stream across releases, and a resumed run must see the same order.
+
+Letters: N things to be put into an order.
 """
 
 from __future__ import annotations

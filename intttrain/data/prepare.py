@@ -3,6 +3,8 @@
 One pass, streaming. Exact duplicates are dropped before anything else, so no held-out text stands in the training
 store under another name. A document is held out if a hash of the seed and its name falls below
 ``heldout_fraction``: the split does not depend on order or on which other documents there are.
+
+Letters: N tokens of a document.
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ A store is a directory on a local or mounted disk:
     manifest.json  sizes, tokenizer, hashes and the fingerprint
 
 The fingerprint covers what training sees (tokens, offsets, vocabulary, tokenizer) and neither names nor paths.
+
+Letters: N tokens, of the store or of one document, n documents of the store.
 """
 
 from __future__ import annotations

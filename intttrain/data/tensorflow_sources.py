@@ -5,6 +5,8 @@ long documents are lost in either. Text is therefore read before: from the raw s
 else from the task's output with ``sequence_length=None``, which trims nothing.
 
 Nothing is downloaded: TFDS builders are reconstructed from the files that an earlier preparation left.
+
+Letters: N tokens of a document.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ else may produce it. Text that spells a special token ("<|endoftext|>") or a Sen
 ordinary characters, so a corpus cannot forge a document end. Added tokens that the file does not mark as special
 ("<think>" of Qwen3) and user-defined symbols of SentencePiece are vocabulary like any other: text that spells one gets
 its single id, and none of them can end a document.
+
+Letters: N tokens of a text.
 """
 
 from __future__ import annotations

@@ -9,14 +9,14 @@ Percentiles of resamples alone are too narrow. N documents drawn from N spread b
 spread that was estimated from N values needs Student's t in the place of the normal distribution: percentiles over 4
 documents would cover 80 % instead of 95 %. ``widening`` mends both; docs/intervals.md has the simulation.
 
-Letters: N documents, P columns (position buckets), S resamples.
+Letters: N documents, P columns (position buckets), Q columns of any sums, S resamples, s resamples of one block.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 from scipy import special
@@ -24,6 +24,7 @@ from scipy import special
 BITS_PER_NAT = 1.0 / math.log(2.0)
 INTERVAL = 0.95  # probability inside the reported interval
 FEW_DOCUMENTS = 30  # below, an interval leans on the shape of Student's t more than on the documents
+HIGHEST_SCORE = 100.0
 _BLOCK_ENTRIES = 1 << 22  # document counts that exist at the same time
 
 
@@ -98,6 +99,25 @@ def bootstrap_ratio(
         ratio_S = tops_SP[kept_S, p] / bottoms_SP[kept_S, p]
         low_P[p], high_P[p] = interval(value_P[p], ratio_S, documents=int(documents_P[p]))
     return Estimate(value_P, *(np.clip(end_P, *limits) for end_P in (low_P, high_P)))
+
+
+def bootstrap_scores(
+    scores: Mapping[str, np.ndarray], pairs: Iterable[tuple[str, str]], *, samples: int, seed: int
+) -> tuple[dict[str, Estimate], dict[str, Estimate]]:
+    """Returns the mean scores of every condition, and their paired differences, ``"a - b"``, for these pairs.
+
+    Args:
+      scores: by condition, N x P from 0 to ``HIGHEST_SCORE``; no interval goes beyond what a score can be.
+      pairs: conditions to compare.
+      samples, seed: as in ``bootstrap_level``.
+    """
+
+    def mean(values_NP: np.ndarray, lowest: float) -> Estimate:
+        limits = (lowest, HIGHEST_SCORE)
+        return bootstrap_ratio(values_NP, np.ones_like(values_NP), samples=samples, seed=seed, limits=limits)
+
+    levels = {name: mean(score_NP, 0.0) for name, score_NP in scores.items()}
+    return levels, {f"{a} - {b}": mean(scores[a] - scores[b], -HIGHEST_SCORE) for a, b in pairs}
 
 
 def resampled_sums(sum_NQ: np.ndarray, *, samples: int, seed: int) -> np.ndarray:

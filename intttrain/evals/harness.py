@@ -3,7 +3,7 @@
 Every request is a document of its own: its state starts empty, and the update stays on while the context is read.
 ``lm_eval`` is imported when it is needed.
 
-Letters: B rows of one call, T tokens.
+Letters: B rows of one call, T tokens, P tokens that were read (all T).
 """
 
 from __future__ import annotations

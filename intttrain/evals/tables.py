@@ -1,4 +1,7 @@
-"""Estimates as JSON and as lines of a table."""
+"""Estimates as JSON and as lines of a table.
+
+Letters: P columns of an ``Estimate``.
+"""
 
 from __future__ import annotations
 

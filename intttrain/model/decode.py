@@ -22,7 +22,7 @@ from intttrain.config import ModelConfig
 from intttrain.config.registry import GATE_SIGNALS
 from intttrain.layout.sharding import constrain
 from intttrain.model.cached_attention import KeyCache, attend_cached, cache_slots, remember_keys
-from intttrain.model.decoder import Decoder, update_rule
+from intttrain.model.decoder import Decoder, apply_layer, update_rule
 from intttrain.model.layer_groups import plan_groups, scan_layers
 from intttrain.model.loss import is_likeliest, prediction_entropy, token_nll
 from intttrain.model.rope import rope_tables
@@ -248,21 +248,23 @@ def _read_layers(
         x_BPD, keys, fast = carry
         params, number = inputs
         layer = merge_layer(params)
-        q, k, v = layer.attention.project(layer.attention_norm(x_BPD), rope)
-        keys = remember_keys(keys, number, k, v, position_BP, real_BP)
-        o = attend_cached(q, keys, number, position_BP, state.length_B + count_B, config.sliding_window)
-        x_BPD = x_BPD + layer.attention.output(o)
-        h_BPD = layer.mlp_norm(x_BPD)
-        z_BPF = layer.mlp.activate(h_BPD)
-        o_BPD = layer.mlp.project(z_BPF)
-        if fast_number is None or config.ttt is None:
-            return (x_BPD + o_BPD.astype(x_BPD.dtype), keys, fast), None, None
-        source_BPD = x0_BPD if config.ttt.target == "input_embed" else h_BPD
-        o_BPD = ttt.read(fast, fast_number, z_BPF, o_BPD, layer.mlp.down[...], update_rule(config.ttt))
-        chunk_tokens = config.ttt.chunk_tokens
-        places_BP = jnp.where(real_BP, position_BP % chunk_tokens, chunk_tokens)
-        fast = ttt.remember(fast, fast_number, places_BP, z_BPF, source_BPD, o_BPD)
-        return (x_BPD + o_BPD, keys, fast), None, None
+
+        def attend(q_BPNH: jax.Array, k_BPKH: jax.Array, v_BPKH: jax.Array) -> tuple[jax.Array, KeyCache]:
+            known = remember_keys(keys, number, k_BPKH, v_BPKH, position_BP, real_BP)
+            length_B = state.length_B + count_B
+            return attend_cached(q_BPNH, known, number, position_BP, length_B, config.sliding_window), known
+
+        def project_fast(z_BPF: jax.Array, source_BPD: jax.Array) -> tuple[jax.Array, ttt.FastWeightCache]:
+            assert fast_number is not None and config.ttt is not None
+            base_BPD, update = layer.mlp.project(z_BPF), update_rule(config.ttt)
+            o_BPD = ttt.read(fast, fast_number, z_BPF, base_BPD, layer.mlp.down[...], update)
+            chunk_tokens = config.ttt.chunk_tokens
+            places_BP = jnp.where(real_BP, position_BP % chunk_tokens, chunk_tokens)
+            return o_BPD, ttt.remember(fast, fast_number, places_BP, z_BPF, source_BPD, o_BPD)
+
+        project = None if fast_number is None else project_fast
+        x_BPD, keys, remembered = apply_layer(config, layer, x_BPD, x0_BPD, rope, attend, project)
+        return (x_BPD, keys, fast if remembered is None else remembered), None, None
 
     ttt_layers = config.ttt.layers if config.ttt else ()
     (x_BPD, keys, fast), _, _ = scan_layers(
@@ -302,7 +304,16 @@ def _losses(
 
 
 def _fast_weights(decoder: Decoder) -> ttt.FastWeights:
-    """Returns the parameters of all TTT layers."""
-    assert decoder.config.ttt is not None
-    layer_n = jnp.asarray(decoder.config.ttt.layers)
-    return ttt.FastWeights(decoder.layers.mlp.down[...], layer_n, decoder.ttt.target[...], decoder.ttt.conv_or_none())
+    """Returns the parameters of all TTT layers, and how values are made of them: as in whole rows."""
+    config = decoder.config.ttt
+    assert config is not None
+    _, _, merge_ttt, ttt_params = decoder.split_layers()
+
+    def values(params: Any, x_BCD: jax.Array) -> jax.Array:
+        one_document_BC = jnp.ones(x_BCD.shape[:2], jnp.int32)
+        return merge_ttt(params).values(x_BCD, one_document_BC)
+
+    return ttt.FastWeights(
+        decoder.layers.mlp.down[...], jnp.asarray(config.layers), ttt_params, values,
+        ttt.measured_tokens(config.chunk_tokens, decoder.ttt.has_conv),
+    )  # fmt: skip

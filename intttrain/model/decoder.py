@@ -19,11 +19,11 @@ from intttrain import ttt
 from intttrain.config import ModelConfig, TTTConfig
 from intttrain.layout.row_order import is_balanced
 from intttrain.layout.sharding import constrain, pieces_of
+from intttrain.model import context_attention
 from intttrain.model.attention import Attention
-from intttrain.model.context_attention import attend
 from intttrain.model.layer_groups import plan_groups
 from intttrain.model.layers import MLP, Embedding, RMSNorm, TTTParams
-from intttrain.model.rope import rope_tables
+from intttrain.model.rope import RopeTables, rope_tables
 from intttrain.model.train_layers import apply_layers, train_layers
 
 
@@ -113,7 +113,7 @@ class Decoder(nnx.Module):
 
         def block(x_BTD: jax.Array, shared: Any, layer_params: Any, ttt_params: Any | None) -> tuple[jax.Array, Any]:
             ttt_layer = None if ttt_params is None else merge_ttt(ttt_params)
-            return _apply_layer(config, merge_layer(layer_params), ttt_layer, x_BTD, shared)
+            return _apply_to_rows(config, merge_layer(layer_params), ttt_layer, x_BTD, shared)
 
         groups = plan_groups(config.num_layers, config.ttt.layers if config.ttt else ())
         run = apply_layers if config.remat == "offload" else train_layers
@@ -140,28 +140,76 @@ def update_rule(config: TTTConfig) -> ttt.UpdateRule:
     return ttt.UpdateRule(config.delta_clip, config.delta_spectral, config.preserve_row_norm)
 
 
-def _apply_layer(
-    config: ModelConfig, layer: DecoderLayer, ttt_layer: TTTParams | None, x_BTD: jax.Array, context: tuple[Any, ...]
-) -> tuple[jax.Array, TTTStats | None]:
-    x0_BTD, rope, segment_ids_BT, eta, gates_BM = context
+def target_source(config: TTTConfig, x0_BTD: jax.Array, h_BTD: jax.Array) -> jax.Array:
+    """Returns what the values of a TTT layer are made from: token embeddings, or the normalised input of its MLP."""
+    return x0_BTD if config.target == "input_embed" else h_BTD
+
+
+# What whole rows and documents that grow do differently in a layer. Each returns its result, and beside it whatever its
+# caller wants back: the rows report sizes of updates, a document that grows has new caches.
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]  # (q_BTNH, k_BTKH, v_BTKH) -> o_BTNH, ...
+ProjectFast = Callable[[jax.Array, jax.Array], tuple[jax.Array, Any]]  # (z_BTF, target source x_BTD) -> o_BTD, ...
+
+
+def apply_layer(
+    config: ModelConfig,
+    layer: DecoderLayer,
+    x_BTD: Float[Array, "B T D"],
+    x0_BTD: Float[Array, "B T D"],
+    rope: RopeTables,
+    attend: Attend,
+    project_fast: ProjectFast | None,
+) -> tuple[jax.Array, Any, Any]:
+    """Applies one layer to the residual stream: the only text of a layer, for whole rows and for decoding.
+
+    Args:
+      config, layer: the model, and the parameters of the layer.
+      x_BTD: the residual stream.
+      x0_BTD: token embeddings, a source of targets.
+      rope: of the positions.
+      attend: how queries meet keys.
+      project_fast: the down projection of a TTT layer, in the dtype of the stream; ``None`` in a dense layer.
+
+    Returns:
+      The residual stream after the layer, and what ``attend`` and ``project_fast`` returned beside their results.
+    """
     x_BTD = checkpoint_name(constrain(x_BTD, "batch", "tokens", "width"), "layer_input")
     with jax.named_scope("attention"):
         q_BTNH, k_BTKH, v_BTKH = layer.attention.project(layer.attention_norm(x_BTD), rope)
-        o_BTNH = attend(config, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+        o_BTNH, attended = attend(q_BTNH, k_BTKH, v_BTKH)
         x_BTD = checkpoint_name(x_BTD + layer.attention.output(o_BTNH), "residual")
     with jax.named_scope("mlp"):
         h_BTD = layer.mlp_norm(x_BTD)
         z_BTF = layer.mlp.activate(h_BTD)
-        if ttt_layer is None or config.ttt is None:
-            return x_BTD + layer.mlp.project(z_BTF).astype(x_BTD.dtype), None
-        v_BTD = ttt_layer.values(x0_BTD if config.ttt.target == "input_embed" else h_BTD, segment_ids_BT)
+        if project_fast is None or config.ttt is None:
+            return x_BTD + layer.mlp.project(z_BTF).astype(x_BTD.dtype), attended, None
+        o_BTD, projected = project_fast(z_BTF, target_source(config.ttt, x0_BTD, h_BTD))
+    return x_BTD + o_BTD, attended, projected
+
+
+def _apply_to_rows(
+    config: ModelConfig, layer: DecoderLayer, ttt_layer: TTTParams | None, x_BTD: jax.Array, shared: tuple[Any, ...]
+) -> tuple[jax.Array, TTTStats | None]:
+    """Applies one layer to whole rows: attention inside documents, and all chunks of a fast weight at once."""
+    x0_BTD, rope, segment_ids_BT, eta, gates_BM = shared
+
+    def attend_in_rows(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> tuple[jax.Array, None]:
+        return context_attention.attend(config, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT), None
+
+    def project_fast(z_BTF: jax.Array, source_BTD: jax.Array) -> tuple[jax.Array, TTTStats]:
+        assert ttt_layer is not None and config.ttt is not None
         fast = ttt.fast_weight_projection(
-            z_BTF, v_BTD, layer.mlp.down[...], segment_ids_BT, chunk_tokens=config.ttt.chunk_tokens, eta=eta,
-            gates_BM=gates_BM, gradient_dtype=config.weight_gradient_dtype, update=update_rule(config.ttt),
-            balanced=is_balanced(config, x_BTD.shape[1], pieces_of(None, "tokens"), pieces_of(None, "heads")),
+            z_BTF, ttt_layer.values(source_BTD, segment_ids_BT), layer.mlp.down[...], segment_ids_BT,
+            chunk_tokens=config.ttt.chunk_tokens, eta=eta, gates_BM=gates_BM,
+            gradient_dtype=config.weight_gradient_dtype, update=update_rule(config.ttt),
+            balanced=is_balanced(config, z_BTF.shape[1], pieces_of(None, "tokens"), pieces_of(None, "heads")),
             implementation=config.ttt.implementation,
         )  # fmt: skip
-    return x_BTD + fast.o_BTD, TTTStats(fast.delta_norm_BM, fast.state_norm_BM)
+        return fast.o_BTD, TTTStats(fast.delta_norm_BM, fast.state_norm_BM)
+
+    fast = None if ttt_layer is None else project_fast
+    x_BTD, _, stats = apply_layer(config, layer, x_BTD, x0_BTD, rope, attend_in_rows, fast)
+    return x_BTD, stats
 
 
 # What a layer keeps for the backward pass beside its input; the rest is computed again. Per token and layer, in the

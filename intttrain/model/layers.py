@@ -109,10 +109,7 @@ class TTTParams(nnx.Module):
             )
 
     def values(self, x_BTD: Float[Array, "B T D"], segment_ids_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Returns what the fast weight is taught, ``ttt.make_targets`` of the target source."""
-        u_BTD = ttt.mix_neighbours(x_BTD, self.conv_or_none(), segment_ids_BT, self.chunk_tokens)
+        """Returns what the fast weight is taught, in whole rows and in decoding: ``ttt.make_targets`` of its source."""
+        conv_WD = self.conv[...] if self.has_conv else None
+        u_BTD = ttt.mix_neighbours(x_BTD, conv_WD, segment_ids_BT, self.chunk_tokens)
         return constrain(linear("btd,de->bte", u_BTD, self.target, self.gradient_dtype), "batch", "tokens", "width")
-
-    def conv_or_none(self) -> jax.Array | None:
-        """Returns the taps (W x D), ``None`` for ``next_hidden``."""
-        return self.conv[...] if self.has_conv else None

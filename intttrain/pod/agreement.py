@@ -1,4 +1,7 @@
-"""What processes agree on before they go on. All of them make the same calls in the same order."""
+"""What processes agree on before they go on. All of them make the same calls in the same order.
+
+Letters: N numbers, P processes, B bytes of a message, D devices.
+"""
 
 from __future__ import annotations
 

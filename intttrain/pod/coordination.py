@@ -30,6 +30,9 @@ class KeyValueStore(Protocol):
     A document is found by its folder and the number of the process that wrote it. No two parts of the program share a
     folder.
 
+    Every method raises ``RuntimeError`` when process 0, which keeps the store, is gone, and may wait a while for a
+    network before it does.
+
     Attributes:
       index: number of this process.
       count: number of processes.
@@ -45,7 +48,7 @@ class KeyValueStore(Protocol):
         """Returns the document of process ``index``, once it is there; raises ``TimeoutError`` after ``timeout_s``."""
 
     def all(self, folder: str) -> dict[int, dict[str, Any]]:
-        """Returns the documents of a folder that are there, by number of the process."""
+        """Returns the documents of a folder that are there now, by number of the process; ``{}`` if there is none."""
 
 
 class _CoordinationService:
@@ -123,7 +126,7 @@ class FailingBarrier:
           timeout_ms: longest time to wait.
 
         Raises:
-          RuntimeError: another process failed.
+          RuntimeError: another process failed, or not all came within ``timeout_ms``.
           PassingError: another process failed, for a reason that passes by itself.
         """
         if process_count() == 1:
@@ -142,7 +145,8 @@ class FailingBarrier:
             kind = PASSES if passes(error) else STAYS
             client.key_value_set(f"{here}/failed/{process_index()}", f"{kind}process {process_index()}: {error}")
         client.wait_at_barrier(here, timeout_ms)
-        failures = client.key_value_dir_get(f"{here}/failed")
+        failures = client.key_value_dir_get(f"{here}/failed")  # pairs of key and text
+        # Where this call raises, Orbax comes again while it handles that, as where the process itself failed.
         self._told = bool(failures)
         if failures and error is None:
             kind, line = failures[0][1][0], failures[0][1][1:]

@@ -319,7 +319,7 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
             self._end(self._wait_for_verdict("hang", line, RESTART_STATUS).line, RESTART_STATUS)
 
     def _first(self) -> str:
-        """Returns process 0 and its host, for people."""
+        """Returns how messages call process 0, with its host ("unknown" until a beat of it was read)."""
         return describe_processes([0], {0: self._first_host})
 
     def _wait_for_verdict(self, kind: str, line: str, status: int) -> Verdict:

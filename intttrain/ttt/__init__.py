@@ -17,7 +17,7 @@ from intttrain.ttt.gating import Decision, GateRule, GateSettings, GateState
 from intttrain.ttt.layout import ChunkLayout, FastWeightState, init_state, make_layout
 from intttrain.ttt.rules import UpdateRule
 from intttrain.ttt.shards import STATE_NAME
-from intttrain.ttt.signals import ModelSignal, Predictions
+from intttrain.ttt.signals import ModelSignal, Predictions, measured_tokens
 from intttrain.ttt.targets import CONV_TAPS, make_targets, mix_neighbours
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "init_state",
     "make_layout",
     "make_targets",
+    "measured_tokens",
     "mix_neighbours",
     "project",
     "read",

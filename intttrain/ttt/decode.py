@@ -9,6 +9,8 @@ Letters: B row, P tokens of a piece, C tokens per chunk, D model width, F feed-f
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,8 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from intttrain.config.registry import GATE_SIGNALS
 from intttrain.ttt.gating import Decision, GateRule, GateSettings, GateState, decide, init_gate_state
 from intttrain.ttt.rules import UpdateRule, matmul
-from intttrain.ttt.signals import LayerChunk, LayerSignal, measured_tokens
-from intttrain.ttt.targets import make_targets
+from intttrain.ttt.signals import LayerChunk, LayerSignal
 
 
 class FastWeightCache(NamedTuple):
@@ -40,17 +41,25 @@ class FastWeightCache(NamedTuple):
     gate: GateState
 
 
-class FastWeights(NamedTuple):
-    """Parameters of all TTT layers; ``conv_nWD`` is ``None`` for ``next_hidden``.
+@dataclasses.dataclass(frozen=True)
+class FastWeights:
+    """What ``commit`` has to know of the model's TTT layers.
 
-    ``w_down_LDF`` has all layers of the model, of which ``layer_n`` are meant: W0 is looked at by one signal only, and
-    taking the n out of L would copy them at every token.
+    Attributes:
+      w_down_LDF: W0 of all layers of the model, of which ``layer_n`` are meant: W0 is looked at by one signal only, and
+        taking the n out of L would copy them at every token.
+      layer_n: numbers of the TTT layers.
+      learned: pytree with one leading entry per TTT layer, what values are computed with.
+      values: (an entry of ``learned``, source x_BCD of the open chunks) -> v_BCD, what the layer would write; the
+        function that whole rows use.
+      measured_tokens: how many tokens of a chunk, from its first, a signal of the layer covers.
     """
 
     w_down_LDF: Float[Array, "L D F"]
     layer_n: Int[Array, "n"]
-    w_target_nDD: Float[Array, "n D D"]
-    conv_nWD: Float[Array, "n W D"] | None
+    learned: Any
+    values: Callable[[Any, Array], Array]
+    measured_tokens: int
 
 
 def init_cache(layers: int, rows: int, chunk_tokens: int, d_model: int, d_ff: int, dtype: jnp.dtype) -> FastWeightCache:
@@ -130,7 +139,8 @@ def commit(
     """Decides about the chunks of full rows and writes those that shall be.
 
     Args:
-      cache, weights: of all TTT layers.
+      cache: of all TTT layers.
+      weights: see there.
       full_B: rows whose open chunk is full; the cache of the others stays as it is.
       eta, update: as in ``fast_weight_projection``.
       chunk_B: number of the open chunk.
@@ -145,7 +155,7 @@ def commit(
     nothing = Decision(*(jnp.full((layers, rows), value, jnp.float32) for value in (0.0, jnp.nan, jnp.nan)))
 
     def write(cache: FastWeightCache) -> tuple[FastWeightCache, Decision]:
-        v_nBCD, signal_nB = _targets_and_signals(cache, weights, eta, model_signal_B, rule, update)
+        v_nBCD, signal_nB = _values_and_signals(cache, weights, eta, model_signal_B, rule, update)
         if rule.shared:
             signal_nB = jnp.broadcast_to(jnp.mean(signal_nB, axis=0), signal_nB.shape)
 
@@ -166,7 +176,7 @@ def commit(
     return jax.lax.cond(jnp.any(full_B), write, lambda cache: (cache, nothing), cache)
 
 
-def _targets_and_signals(
+def _values_and_signals(
     cache: FastWeightCache,
     weights: FastWeights,
     eta: Array,
@@ -176,13 +186,11 @@ def _targets_and_signals(
 ) -> tuple[Array, Array]:
     """Returns V of the open chunks (n B C D) and the signal of each (n B)."""
     rows, chunk_tokens = cache.z_nBCF.shape[1:3]
-    measured_C = jnp.arange(chunk_tokens) < measured_tokens(chunk_tokens, weights.conv_nWD is not None)
-    measured_BC = jnp.broadcast_to(measured_C, (rows, chunk_tokens))
-    whole_BC = jnp.ones((rows, chunk_tokens), jnp.int32)
+    measured_BC = jnp.broadcast_to(jnp.arange(chunk_tokens) < weights.measured_tokens, (rows, chunk_tokens))
 
     def layer(_: None, inputs: Any) -> tuple[None, tuple[Array, Array]]:
-        number, w_target_DD, conv_WD, s_BDF, z_BCF, x_BCD, o_BCD = inputs
-        v_BCD = make_targets(x_BCD, w_target_DD, conv_WD, whole_BC, chunk_tokens)
+        number, learned, s_BDF, z_BCF, x_BCD, o_BCD = inputs
+        v_BCD = weights.values(learned, x_BCD)
 
         def added_BCD() -> Array:
             return matmul("bcf,bdf->bcd", z_BCF, s_BDF.astype(z_BCF.dtype))
@@ -200,8 +208,8 @@ def _targets_and_signals(
             signal_B = model_signal_B
         return None, (v_BCD, signal_B)
 
-    learned = (weights.layer_n, weights.w_target_nDD, weights.conv_nWD)
-    return jax.lax.scan(layer, None, (*learned, cache.s_nBDF, cache.z_nBCF, cache.x_nBCD, cache.o_nBCD))[1]
+    open_chunks = (cache.s_nBDF, cache.z_nBCF, cache.x_nBCD, cache.o_nBCD)
+    return jax.lax.scan(layer, None, (weights.layer_n, weights.learned, *open_chunks))[1]
 
 
 def _written(

@@ -124,6 +124,7 @@ def _total(ledger: Mapping[str, int]) -> int:
 
 
 def _divisors(size: int, multiple: int) -> list[int]:
+    """Returns the sizes of equal blocks that cover ``size`` and are multiples of ``multiple``, the smallest first."""
     return [n for n in range(multiple, size + 1, multiple) if size % n == 0]
 
 
@@ -152,7 +153,11 @@ def recurrence_ledger(
 
 
 def suffix_ledger(blocks: SuffixBlocks, width: int, itemsize: int) -> dict[str, int]:
-    """Returns what lies in on-chip memory in the suffix scan, in bytes."""
+    """Returns what lies in on-chip memory in the suffix scan, in bytes.
+
+    The two masks of a token take a whole row of a register, ``LANES`` values. The values of a step are the fp32 result
+    of one product with G, for dv as wide as D and for dz as a tile; the larger of the two is counted.
+    """
     tile, tokens = blocks
     return {
         "G, tile": 4 * width * tile,

@@ -191,7 +191,7 @@ class _Padded:
         return x_MCE.reshape(-1, x_MCE.shape[-1])
 
     def cut_rows(self, x_TE: Array, width: int) -> Array:
-        """Returns (M, C, width) of what ``rows`` made."""
+        """Returns (M, C, width) of an array that lies as ``rows`` makes it: without the padding of C and E."""
         return x_TE.reshape(self.chunks, -1, x_TE.shape[-1])[:, : self.tokens, :width]
 
     def masks(self, *masks_MC: Array) -> Array:

@@ -123,7 +123,12 @@ def _suffix_tiles(
     scalars_3M: Array, rows: tuple[Array, ...], dz_TF: Array, dv_cTD: Array | None, g_DF: Array, dw_DF: Array,
     first: int, blocks: SuffixBlocks, cores: int, machine: Machine,
 ) -> tuple[Array, Array, Array, Array]:  # fmt: skip
-    """Runs one tile on each core, from tile ``first``; returns dz, dv, G and dW0, in the memory of the arguments.
+    """Runs one launch: tile ``first`` on the first core, the next tile on the next one, all chunks from the last.
+
+    Returns dz, dv, G and dW0 in the memory of the arguments, changed in the columns of these tiles and in dv. The first
+    launch has no dv to add to (``dv_cTD`` is ``None``) and writes a new one. Tiles are launches and not a dim of the
+    grid because each adds to the dv of the one before, and a kernel fetches no block of an output back once the grid
+    has left it.
 
     The grid is cores x chunks x blocks of tokens.
     """

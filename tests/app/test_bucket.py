@@ -52,6 +52,7 @@ def download(gcs: FakeGcs, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_stopped_resumed_evaluated_generated_exported(
     gcs: FakeGcs, world: World, straight: Path, dense: Path, tmp_path: Path
 ) -> None:

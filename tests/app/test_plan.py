@@ -119,6 +119,7 @@ def test_a_text_that_is_there_is_not_overwritten(
     assert "planned.v5e-2x2.txt is there already" in line
 
 
+@pytest.mark.slow
 def test_a_sweep(config: str) -> None:
     out = done("plan", config + ":dense", "--topology=v5e:2x2", "--sweep=model.remat=full,qkv").out
     assert "remat=full" in out and "remat=qkv" in out and out.count("*") >= 1

@@ -28,6 +28,7 @@ def staged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     return root, on_eight_cpu_devices("tests.app.staged", str(root))
 
 
+@pytest.mark.slow
 def test_stopped_in_every_stage_is_the_undisturbed_run(staged):
     _, found = staged
     assert set(found["straight"]) == {"2", "4", "6"}, "the end of a stage is always saved"
@@ -39,6 +40,7 @@ def test_stopped_in_every_stage_is_the_undisturbed_run(staged):
     }
 
 
+@pytest.mark.slow
 def test_every_stage_is_announced(staged):
     reports = staged[1]["reports"]
     assert "new run" in reports[0] and "stage 1 of 3, steps 1 to 2: 8 rows of 32 tokens" in reports[0]
@@ -47,6 +49,7 @@ def test_every_stage_is_announced(staged):
         assert f"stage {stage} of 3" in report.splitlines()[0]
 
 
+@pytest.mark.slow
 def test_a_model_is_read_back_as_the_stage_had_it(staged):
     assert staged[1]["thetas"] == [1e4, 1e4, 1e5]
 
@@ -80,6 +83,7 @@ def test_one_stage_is_planned(world, tmp_path, monkeypatch):
     assert line == "error: small-ttt-stage-1 on v5e:2x2: rows of 32, ()"
 
 
+@pytest.mark.slow
 def test_metrics_of_both_are_the_same_and_of_the_text_in_order(staged):
     root, found = staged
     timing = ("time", "tokens_per_second", "eta_seconds")

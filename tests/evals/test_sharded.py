@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.evals.sharded import MESHES
 from tests.forced_devices import on_eight_cpu_devices
 
 
+@pytest.mark.slow
 def test_every_mesh_scores_as_one_device() -> None:
     found = on_eight_cpu_devices("tests.evals.sharded")
     assert set(found) == {f"{kind} {mesh}" for kind in ("ttt", "dense") for mesh in MESHES}

@@ -25,6 +25,8 @@ from intttrain.model import (
     restart_rows,
     token_nll,
 )
+from intttrain.model import decoder as decoder_module
+from intttrain.model.layers import TTTParams
 
 QUICK = {"xla_backend_optimization_level": 0}  # compiled in half the time
 CHUNK, LENGTH = 4, 13  # three chunks and a token
@@ -158,6 +160,21 @@ def test_every_split_makes_the_same_decisions(signal: str) -> None:
         state = start(BASE, Reading(CHUNK, LENGTH, gate))
         state = advance(BASE, params, state, first + np.arange(ROWS), CHUNK, check, gate, settings)
         advance(BASE, params, state, np.full(ROWS, LENGTH), 1, check, gate, settings)
+
+
+def test_another_target_is_written_by_rows_and_by_decoding_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Changed where it stands: in ``target_source`` and ``TTTParams.values``, and nowhere else."""
+    config = dataclasses.replace(BASE, ttt=dataclasses.replace(BASE.ttt, eta=0.25))  # type: ignore[type-var]
+    params, plain = random_params(config), TTTParams.values
+    tokens_BT = np.pad(TOKENS, ((0, 0), (0, PADDED - LENGTH)))
+    usual = forward(BASE, params, TOKENS, 0.25)[1]  # the same model by another name, traced before the change
+    monkeypatch.setattr(decoder_module, "target_source", lambda _, x0_BTD, h_BTD: x0_BTD * h_BTD)
+    monkeypatch.setattr(TTTParams, "values", lambda self, *arguments: jnp.tanh(plain(self, *arguments)))
+    changed = forward(config, params, TOKENS)[1]
+    reading = Reading(CHUNK, PADDED, wants_nll=True)
+    read = _documents(config, reading, params, tokens_BT, np.full(ROWS, LENGTH), jnp.arange(ROWS), ttt.GateSettings())
+    np.testing.assert_allclose(np.asarray(read.nll_BP)[:, 1:LENGTH], changed, rtol=2e-4, atol=2e-4)
+    assert np.abs(changed - usual)[:, CHUNK:].max() > 0.01
 
 
 def test_updates_change_the_logits_only_after_the_first_chunk() -> None:

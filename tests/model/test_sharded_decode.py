@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from tests.forced_devices import on_eight_cpu_devices
 from tests.model.sharded_decode import MESHES
 
 
+@pytest.mark.slow
 def test_every_mesh_draws_the_same_tokens_and_makes_the_same_decisions() -> None:
     found = on_eight_cpu_devices("tests.model.sharded_decode")
     one = found.pop("one")

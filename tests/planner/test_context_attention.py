@@ -46,7 +46,7 @@ def compiled(chip: str, way: str) -> tuple[dict[str, AttentionCall], str]:
     return {call.kind: call for call in calls if call is not None}, text
 
 
-@pytest.mark.parametrize("chip", ["v5e:2x2", "v5p:2x2x1"])
+@pytest.mark.parametrize("chip", [pytest.param("v5e:2x2", marks=pytest.mark.slow), "v5p:2x2x1"])
 def test_gathered_keys_meet_a_quarter_of_the_queries_balanced(chip):
     calls, text = compiled(chip, "all_gather")
     assert set(calls) == {"fwd", "bwd"} and "all-gather" in text and "all-to-all" not in text
@@ -64,7 +64,8 @@ def test_a_window_exchanges_a_halo():
     assert calls["fwd"].computed * calls["fwd"].blocks.q * calls["fwd"].blocks.kv < T // 4 * T // 2
 
 
-@pytest.mark.parametrize("chip", ["v5p:2x2x1", "tpu7x:2x2x1"])  # those with half as much as v5e and v6e
+# Those with half as much as v5e and v6e.
+@pytest.mark.parametrize("chip", [pytest.param("v5p:2x2x1", marks=pytest.mark.slow), "tpu7x:2x2x1"])
 def test_blocks_of_long_rows_fit_into_on_chip_memory(chip):
     devices = topology(chip).devices[:1]
     model = dataclasses.replace(

@@ -1,12 +1,15 @@
 """Runs the packed cases on rows that are cut over devices and prints how far every result is from one device, as JSON.
 
-A process of its own because the number of CPU devices is fixed when JAX starts. The distances of planted faults come
-last, each on one case that it must spoil.
+    python -m tests.ttt.sharded MESH ... [faults]
+
+A process of its own because the number of CPU devices is fixed when JAX starts. The distances of planted faults are
+each those of one case that it must spoil.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
@@ -32,6 +35,8 @@ MESHES = {
     "balanced4": {"context": 4},
     "fsdp2_balanced2_tensor2": {"fsdp": 2, "context": 2, "tensor": 2},
 }
+# Every way of cutting a row once; the others are left to the slow tests.
+FEW = ("context4_tensor2", "balanced4")
 FAULTS = ("restart", "inclusive", "forgets_documents", "no_sum_of_eta", "forward_order_backward", "stored_order")
 
 
@@ -116,7 +121,8 @@ def planted(fault: str) -> Any:
 def main() -> None:
     devices = jax.devices()
     found: dict[str, dict[str, float]] = {}
-    for mesh_name, sizes in MESHES.items():
+    asked = sys.argv[1:]
+    for mesh_name, sizes in ((name, MESHES[name]) for name in asked if name != "faults"):
         mesh = make_mesh(MeshConfig(**{"fsdp": 1} | sizes), devices[: int(np.prod(list(sizes.values())))])
         programs: dict[tuple[Case, bool], Callable[..., Any]] = {}
         for case in CASES:
@@ -126,7 +132,7 @@ def main() -> None:
                     program = programs.setdefault((shape_of(case), fresh), made)
                     found[name_of(mesh_name, case, fresh=fresh)] = distances(case, program, fresh=fresh)
     case = BY_NAME["state_in"]
-    for fault in FAULTS:
+    for fault in FAULTS if "faults" in asked else ():
         balanced = fault == "stored_order"
         mesh = make_mesh(MeshConfig(fsdp=1, context=2 if balanced else 4), devices[: 2 if balanced else 4])
         with planted(fault):

@@ -39,14 +39,22 @@ def whole_row(conv, update, seq_len=T):
     )  # fmt: skip
 
 
+def fast_weights(w_down_LDF, layers, w_target_nDD, conv_nWD):
+    """TTT layers whose values are plain targets."""
+
+    def values(learned, x_BCD):
+        return ttt.make_targets(x_BCD, *learned, jnp.ones(x_BCD.shape[:2], jnp.int32), C)
+
+    measured = ttt.measured_tokens(C, conv_nWD is not None)
+    return ttt.FastWeights(w_down_LDF, jnp.array(layers), (w_target_nDD, conv_nWD), values, measured)
+
+
 def one_token(i, conv, update, cache, length_B, active_B, eta, z_BF, x_BD):
     """Reads a token of every active row and commits chunks that are full; returns what was read and the cache."""
     o_B1D = ttt.read(cache, 0, z_BF[:, None], ttt.project(z_BF[:, None], i["w_down"]), i["w_down"], update)
     places_B1 = jnp.where(active_B, length_B % C, C)[:, None]
     cache = ttt.remember(cache, 0, places_B1, z_BF[:, None], x_BD[:, None], o_B1D)
-    weights = ttt.FastWeights(
-        i["w_down"][None], jnp.zeros(1, jnp.int32), i["w_target"][None], i["conv"][None] if conv else None
-    )
+    weights = fast_weights(i["w_down"][None], (0,), i["w_target"][None], i["conv"][None] if conv else None)
     full_B = active_B & (length_B % C == C - 1)
     cache, _ = ttt.commit(
         cache, weights, full_B, eta=jnp.asarray(eta, jnp.float32), chunk_B=length_B // C, sequence_B=jnp.arange(ROWS),
@@ -168,7 +176,7 @@ def signals_of(signal, eta):
     cache = ttt.init_cache(len(LAYERS), ROWS, C, D, F, jnp.dtype("float32"))._replace(
         s_nBDF=made["s"], z_nBCF=made["z"], x_nBCD=made["x"], o_nBCD=made["o"]
     )
-    weights = ttt.FastWeights(made["w_down"], jnp.array(LAYERS), made["w_target"], None)
+    weights = fast_weights(made["w_down"], LAYERS, made["w_target"], None)
     _, decision = ttt.commit(
         cache, weights, jnp.ones(ROWS, bool), eta=eta, chunk_B=jnp.zeros(ROWS, jnp.int32), sequence_B=jnp.arange(ROWS),
         rule=ttt.GateRule("online", signal),

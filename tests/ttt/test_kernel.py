@@ -104,7 +104,11 @@ def test_forward_is_that_of_xla(scan):
 
 @needs_two_cores
 @pytest.mark.parametrize(
-    ("scan", "given", "at_once"), [(ODD, True, 32), (BF16, False, 4)], ids=["odd", "bf16, a launch for every chunk"]
+    ("scan", "given", "at_once"),
+    [
+        pytest.param(ODD, True, 32, id="odd"),
+        pytest.param(BF16, False, 4, id="bf16, a launch for every chunk", marks=pytest.mark.slow),
+    ],
 )
 def test_backward_is_that_of_xla(scan, given, at_once, monkeypatch):
     monkeypatch.setattr(kernel_scans, "GROUP_CHUNKS", at_once)

@@ -1,4 +1,7 @@
-"""HumanEval of one model under several conditions: completions, verdicts, report."""
+"""HumanEval of one model under several conditions: completions, verdicts, report.
+
+Letters: N completions of all problems.
+"""
 
 from __future__ import annotations
 

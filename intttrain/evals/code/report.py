@@ -11,11 +11,9 @@ from typing import Any, get_args
 
 import numpy as np
 
-from intttrain.evals.bootstrap import FEW_DOCUMENTS, INTERVAL, Estimate, bootstrap_ratio, few_warning
+from intttrain.evals.bootstrap import FEW_DOCUMENTS, INTERVAL, Estimate, bootstrap_scores, few_warning
 from intttrain.evals.code.sandbox import Outcome, Verdict
 from intttrain.evals.tables import aligned, estimate_json, with_interval
-
-_HIGHEST = 100.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,22 +110,15 @@ def make_code_report(
         condition: np.array([[100.0 * pass_at_k(samples, _passed(of), k) for k in pass_at] for of in by_problem])
         for condition, by_problem in verdicts.items()
     }
-
-    def estimate(sum_NK: np.ndarray, lowest: float) -> Estimate:
-        options: dict[str, int] = {"samples": bootstrap_samples, "seed": bootstrap_seed}
-        return bootstrap_ratio(sum_NK, np.ones_like(sum_NK), limits=(lowest, _HIGHEST), **options)
-
+    pairs = [(first, other) for other in verdicts if other != first]
+    levels, differences = bootstrap_scores(percent_NK, pairs, samples=bootstrap_samples, seed=bootstrap_seed)
     return CodeReport(
         name=name,
         problems=problems,
         samples=samples,
         pass_at=tuple(pass_at),
-        levels={condition: estimate(values, 0.0) for condition, values in percent_NK.items()},
-        differences={
-            f"{first} - {other}": estimate(percent_NK[first] - percent_NK[other], -_HIGHEST)
-            for other in verdicts
-            if other != first
-        },
+        levels=levels,
+        differences=differences,
         outcomes={condition: _counts(by_problem) for condition, by_problem in verdicts.items()},
         bootstrap_samples=bootstrap_samples,
         bootstrap_seed=bootstrap_seed,

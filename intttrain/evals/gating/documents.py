@@ -2,7 +2,8 @@
 
 Documents are read chunk by chunk, as in generation, so a rule may look at the layer or at the whole model.
 
-Letters: N documents, M chunks of a document, n TTT layers, T tokens, B rows of one call, R rows that are asked for.
+Letters: N documents, M chunks of a document, C tokens per chunk, n TTT layers, T tokens, P tokens that were
+read (all T), D model width, B rows of one call, R rows that are asked for.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Losses are drawn as differences to ``never``, paired over documents, so that easy and hard documents do not hide what a
 gate does. One panel per length; a curve is a rule with its signal and sign.
 
-Letters: M chunks of a document, n TTT layers.
+Letters: M chunks of a document, n TTT layers, P columns of an ``Estimate`` (one, or M).
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ A gate is worth something only if it chooses better than chance at the same numb
 beside controls with exactly its number of updates in every document (and layer, if layers decide for themselves).
 Dead gates (``oracles.live_gates``) count nowhere. Losses are paired: all intervals see the same resampled documents.
 
-Letters: N documents, M chunks of a document, n TTT layers, S seeds; arrays of an ``Estimate`` have one column unless
-they are said to have M.
+Letters: N documents, M chunks of a document, n TTT layers, S seeds (in ``_selectivity`` resamples), Q columns of sums,
+P columns of an ``Estimate``: one, or M where that is said.
 """
 
 from __future__ import annotations

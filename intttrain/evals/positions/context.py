@@ -4,7 +4,8 @@ The same tokens are predicted each time, so nothing but the context differs (In-
 sliding-window perplexity). Documents are read chunk by chunk, so memory grows with their keys only, which a sliding
 window bounds too.
 
-Letters: N documents, T tokens, B rows of one call, Q lengths.
+Letters: N documents, T tokens, L tokens of one length (context and block), P tokens that were read (all L), B rows of
+one call, Q lengths.
 """
 
 from __future__ import annotations

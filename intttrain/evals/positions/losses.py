@@ -4,7 +4,7 @@ Everything leaves this module as (sum, weight) per document and bucket, so level
 intervals are plain arithmetic later.
 
 Letters: N documents, P position buckets, B rows of one device batch, T tokens in a row, C tokens per chunk,
-M = T / C chunks, n TTT layers.
+M = T / C chunks, n TTT layers, D model width.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 sets = prepare_ruler(config.eval.ruler, tokenizer, folder, max_length=..., report=...)
 tokens = max(ruler_set.max_tokens for ruler_set in sets)     what a model has to hold
 report = evaluate_ruler(sets, {"on": ..., "off": ...}, answers=..., settings=..., ...)
+
+Letters: N samples of a task.
 """
 
 from __future__ import annotations

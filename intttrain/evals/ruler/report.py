@@ -1,8 +1,8 @@
 """Scores of RULER with intervals, differences between conditions, JSON and a table.
 
-Letters: N samples of a task, Q columns: the tasks and, last, their average. Samples are what is resampled, and sample n
-of every task and condition is drawn together: differences are paired, and the niah tasks, which share their needles,
-do not count as independent.
+Letters: N samples of a task, T tasks (not tokens), Q = T + 1 columns: the tasks and, last, their average. Samples are
+what is resampled, and sample n of every task and condition is drawn together: differences are paired, and the niah
+tasks, which share their needles, do not count as independent.
 """
 
 from __future__ import annotations
@@ -16,11 +16,9 @@ import numpy as np
 
 from intttrain.config import EvalConfig
 from intttrain.config.evaluation import RulerTask
-from intttrain.evals.bootstrap import FEW_DOCUMENTS, INTERVAL, Estimate, bootstrap_ratio, few_warning
+from intttrain.evals.bootstrap import FEW_DOCUMENTS, INTERVAL, Estimate, bootstrap_scores, few_warning
 from intttrain.evals.ruler.tasks import ALL_TASKS, RulerSet, new_tokens, score_answer
 from intttrain.evals.tables import aligned, estimate_json, with_interval
-
-_HIGHEST = 100.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,19 +133,14 @@ def _scores_of_length(
     sets: Sequence[RulerSet], texts: Mapping[str, Sequence[Sequence[str]]], config: EvalConfig
 ) -> LengthScores:
     score_NQ = {condition: _with_average(_scores(sets, given)) for condition, given in texts.items()}
-
-    def estimate(values_NQ: np.ndarray, lowest: float) -> Estimate:
-        options: dict[str, int] = {"samples": config.bootstrap_samples, "seed": config.seed}
-        return bootstrap_ratio(values_NQ, np.ones_like(values_NQ), limits=(lowest, _HIGHEST), **options)
-
+    pairs = itertools.combinations(score_NQ, 2)
+    levels, differences = bootstrap_scores(score_NQ, pairs, samples=config.bootstrap_samples, seed=config.seed)
     return LengthScores(
         length=sets[0].length,
         tasks=tuple(ruler_set.task for ruler_set in sets),
         prompt_tokens=tuple(float(np.mean([x.prompt_tokens for x in ruler_set.samples])) for ruler_set in sets),
-        levels={condition: estimate(values_NQ, 0.0) for condition, values_NQ in score_NQ.items()},
-        differences={
-            f"{a} - {b}": estimate(score_NQ[a] - score_NQ[b], -_HIGHEST) for a, b in itertools.combinations(score_NQ, 2)
-        },
+        levels=levels,
+        differences=differences,
         empty={
             condition: tuple(sum(not text.strip() for text in of_set) for of_set in given)
             for condition, given in texts.items()

@@ -165,9 +165,9 @@ class Computation:
 
 @dataclasses.dataclass(frozen=True)
 class Alias:
-    """An output that is written into the memory of an input (a donated argument).
+    """An output that is written into the memory of an input: of a program (a donated argument) or of an instruction.
 
-    Indices are paths into tuples; ``kind`` is "may-alias" or "must-alias".
+    Indices are paths into tuples; ``parameter`` is the number of the input; ``kind`` is "may-alias" or "must-alias".
     """
 
     output_index: tuple[int, ...]
@@ -316,7 +316,9 @@ def _header(line: str) -> tuple[str, dict[str, str]]:
     return name.strip(), {key: value for key, _, value in pairs}
 
 
-def _aliases(text: str) -> tuple[Alias, ...]:
+def read_aliases(text: str) -> tuple[Alias, ...]:
+    """Reads ``{0}: (2, {1}, may-alias)`` of a header, and ``{0}: (2, {1})`` of an instruction's operands."""
+
     def ints(numbers: str) -> tuple[int, ...]:
         return tuple(int(n) for n in numbers.split(",") if n.strip())
 
@@ -382,5 +384,5 @@ def parse_module(text: str) -> Module:
         is_scheduled=header.get("is_scheduled") == "true",
         entry_name=entry,
         computations=computations,
-        input_output_alias=_aliases(header.get("input_output_alias", "")),
+        input_output_alias=read_aliases(header.get("input_output_alias", "")),
     )

@@ -11,11 +11,10 @@ estimate; ``memory.Memory`` shows it beside the compiler's number.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterator
 from typing import Any
 
-from intttrain.planner.xla.hlo import Computation, Instruction, Module
+from intttrain.planner.xla.hlo import Computation, Instruction, Module, read_aliases
 from intttrain.planner.xla.shapes import Shape
 
 MAIN, HOST = 0, 5  # memory spaces; the others are on the chip: VMEM, SMEM, semaphores
@@ -27,7 +26,6 @@ _IN_PLACE = frozenset(
     {"dynamic-update-slice", "scatter", "all-reduce", "add", "subtract", "multiply", "divide", "negate", "select"}
     | {"exponential", "tanh", "maximum", "minimum", "convert", "and", "or", "not", "sqrt", "rsqrt"}
 )
-_OUTPUT_ALIAS = re.compile(r"\{([\d, ]*)\}: \((\d+), \{([\d, ]*)\}")
 
 
 @dataclasses.dataclass(eq=False)
@@ -228,7 +226,6 @@ def _shared(at: Instruction, operands: list[Value]) -> Value:
     made = _fresh(at.shape, at)
     if "output_to_operand_aliasing" not in at.attribute_text:
         return made
-    for path, operand, inner in _OUTPUT_ALIAS.findall(at.attributes["output_to_operand_aliasing"]):
-        where, source = (tuple(int(n) for n in text.split(",") if n.strip()) for text in (path, inner))
-        made = _replaced(made, where, _at(operands[int(operand)], source))
+    for alias in read_aliases(at.attributes["output_to_operand_aliasing"]):
+        made = _replaced(made, alias.output_index, _at(operands[alias.parameter], alias.parameter_index))
     return made

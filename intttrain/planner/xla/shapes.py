@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Iterator
 
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "tuple": 0, "c64": 64, "c128": 128}
 ARRAY = re.compile(r"(\w+)\[([^\]]*)\](?:\{([^{}]*)\})?")
@@ -128,31 +129,29 @@ def parse_shape(text: str) -> Shape:
 _DELIMITER = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[(){}\[\],]', re.DOTALL)
 
 
+def _delimiters(text: str, start: int = 0) -> Iterator[tuple[str, int, int]]:
+    """Yields each bracket, comma and string: itself, its position, and how many brackets are open after it."""
+    depth = 0
+    for found in _DELIMITER.finditer(text, start):
+        mark = found.group()
+        depth += (mark in "({[") - (mark in ")}]")
+        yield mark, found.start(), depth
+
+
 def split_top_level(text: str) -> list[str]:
     """Splits at the commas that stand outside of every bracket and string; strips the parts, drops empty ones."""
-    parts, depth, start = [], 0, 0
-    for found in _DELIMITER.finditer(text):
-        mark = found.group()
-        if mark in "({[":
-            depth += 1
-        elif mark in ")}]":
-            depth -= 1
-        elif mark == "," and depth == 0:
-            parts.append(text[start : found.start()].strip())
-            start = found.end()
+    parts, start = [], 0
+    for mark, at, depth in _delimiters(text):
+        if mark == "," and depth == 0:
+            parts.append(text[start:at].strip())
+            start = at + 1
     parts.append(text[start:].strip())
     return [part for part in parts if part]
 
 
 def closing_bracket(text: str, opening: int) -> int:
     """Position of the bracket that closes the one at ``opening``."""
-    depth = 0
-    for found in _DELIMITER.finditer(text, opening):
-        mark = found.group()
-        if mark in "({[":
-            depth += 1
-        elif mark in ")}]":
-            depth -= 1
-            if depth == 0:
-                return found.start()
+    for mark, at, depth in _delimiters(text, opening):
+        if mark in ")}]" and depth == 0:
+            return at
     raise ValueError(f"unbalanced brackets in HLO text: {text[:120]!r}")

@@ -42,6 +42,7 @@ def prepare(folder, *, tasks=ALL_TASKS, length=SHORT):
 EACH_SCRIPT = ("niah_single_1", "niah_multikey_3", "vt", "cwe", "fwe", "qa_2")
 
 
+@pytest.mark.slow
 def test_tasks_from_the_generator_to_the_report(tmp_path):
     sets = prepare(tmp_path / "data", tasks=EACH_SCRIPT)
     assert [ruler_set.task for ruler_set in sets] == list(EACH_SCRIPT)
