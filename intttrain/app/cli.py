@@ -25,6 +25,7 @@ from intttrain.app.examples import with_found_configs
 from intttrain.config.errors import UserError, did_you_mean, explain_exit
 from intttrain.config.literals import LARGEST, SEEDS
 from intttrain.config.overrides import apply_overrides
+from intttrain.config.registry import SHIPPED_TASKS
 from intttrain.logs.streams import outlive_reader
 
 Command = Callable[[flags.FlagValues], int]
@@ -251,7 +252,6 @@ def _command(name: str, module: str = "commands") -> Command:
 
 
 LOCAL = ("output", "ruler_data", "hlo", "json")
-TASKS = ("positions", "context", "calibrate", "gating", "ruler", "code")  # app/evaluate.py::TASKS
 
 _WORKDIR = _string("workdir", "folder of the run, local or gs://BUCKET/FOLDER", required=True)
 _OUTPUT = _string("output", "folder to create", required=True)
@@ -287,7 +287,7 @@ COMMANDS: dict[str, tuple[str, Define, Command]] = {
         _all(
             _config_flag, _WORKDIR, _STEP,
             _switch("follow", "evaluate every checkpoint, also those still to come, until the run is finished"),
-            _enum("task", "positions", list(TASKS), "what to evaluate"),
+            _string("task", f"what to evaluate: {', '.join(SHIPPED_TASKS)}, or a plugin's", default="positions"),
             _string("dense_workdir", "a run of the same model trained without TTT, to compare with"),
             _string("ruler_data", "folder of RULER's samples, to share between runs (default: beside the results)"),
             _switch("execute_model_code", "let --task=code run programs that the model wrote, in a sandbox"),

@@ -14,10 +14,11 @@ from absl import flags
 
 from intttrain import ttt
 from intttrain.app.runs import Trained, load_trained, read_config
-from intttrain.config import MeshConfig, ModelConfig
+from intttrain.config import MeshConfig
 from intttrain.config.errors import UserError
 from intttrain.config.registry import GATE_RULES, GATE_SIGNALS
 from intttrain.evals.completion import TextStream
+from intttrain.evals.conditions import gate_settings
 from intttrain.layout.mesh import make_mesh
 from intttrain.layout.sharding import pieces_of
 from intttrain.logs.workdir import make_place
@@ -106,21 +107,6 @@ def _thresholds(texts: Sequence[str]) -> tuple[float, ...]:
     if not all(map(math.isfinite, thresholds)):
         raise UserError(f"--gate_thresholds={','.join(texts)}: these are not finite numbers between commas")
     return thresholds
-
-
-def gate_settings(
-    gate: ttt.GateRule, rate: float, thresholds: Sequence[float], model: ModelConfig, *, where: str, flag: str
-) -> ttt.GateSettings:
-    """Returns the numbers of a gate. Raises ``UserError`` for thresholds that do not fit the rule or the model."""
-    wanted = len(model.ttt.layers) if gate.definition.thresholds and model.ttt is not None else 0
-    if len(thresholds) != wanted:
-        having = GATE_RULES.names(lambda rule: rule.thresholds and rule.offered & {"generate", "evaluate"})
-        raise UserError(
-            f"{where}={gate.rule} takes {wanted} {flag}, one for each TTT layer if the rule is "
-            f"{' or '.join(map(repr, having))}, not {len(thresholds)}; intttrain eval --task=calibrate finds some"
-        )
-    threshold_n = np.asarray(thresholds, np.float32) if thresholds else None
-    return ttt.GateSettings(rate=rate, threshold_n=threshold_n)
 
 
 def _talk(trained: Trained, values: flags.FlagValues, sampling: Sampling) -> int:

@@ -11,8 +11,8 @@ import jax
 from intttrain.app.runs import load_trained
 from intttrain.config import MeshConfig
 from intttrain.config.errors import UserError, did_you_mean
+from intttrain.evals.conditions import Condition
 from intttrain.evals.harness import Respondent, register_model
-from intttrain.evals.positions.context import Condition
 from intttrain.layout.mesh import make_mesh
 from intttrain.layout.sharding import pieces_of
 from intttrain.logs.workdir import make_place

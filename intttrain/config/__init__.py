@@ -4,6 +4,7 @@ schema       sections and the rules that join them       Config, default_config,
 ttt          ``model.ttt``                               TTTConfig
 training     the sections below ``train``                TrainConfig
 evaluation   those below ``eval``                        EvalConfig
+families     what differs between decoders                Family
 literals     types of values, each with its range        PositiveInt, Fraction, Seed
 run_stages   what changes in the course of a run         describe_stages
 overrides    flags: ``--config.a.b=value``

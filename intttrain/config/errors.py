@@ -137,7 +137,7 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     if close:
         return f"; did you mean {close[0]!r}?"
-    return f"; choose from {', '.join(names)}"
+    return f"; choose from {', '.join(names)}" if names else "; there is nothing to choose from"
 
 
 def nearest_divisors(total: int, wanted: int, count: int = 3) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -17,7 +17,7 @@ from intttrain.config.literals import (
     Seed,
     Switch,
 )
-from intttrain.config.registry import GATE_RULES, GATE_SIGNALS, Named
+from intttrain.config.registry import EVAL_TASKS, GATE_RULES, GATE_SIGNALS, Named, NoSection, SectionOf
 
 GateSignal = Annotated[str, Named(GATE_SIGNALS)]
 EvaluatedRule = Annotated[str, Named(GATE_RULES, lambda rule: "evaluate" in rule.offered)]
@@ -108,3 +108,4 @@ class EvalConfig:
     gating: GatingConfig = GatingConfig()
     ruler: RulerConfig = RulerConfig()
     code: CodeConfig = CodeConfig()
+    own: Annotated[Any, SectionOf(EVAL_TASKS)] = NoSection()  # of a task that a plugin defines (``docs/plugins.md``)

@@ -24,9 +24,15 @@ import pydantic
 from pydantic_core import SchemaValidator, core_schema
 
 from intttrain.config.errors import UserError, did_you_mean, reason_of
+from intttrain.config.literals import section
 
 T = TypeVar("T")
 D = TypeVar("D")  # what a decorator is put on, and gives back
+
+
+@section
+class NoSection:
+    """The section of a choice that has no settings."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +41,7 @@ class Entry(Generic[T]):
 
     Attributes:
       value: what its users call.
-      section: the class of its section in the configuration; None where the name alone is configured.
+      section: the class of its section in the configuration.
       check: refuses a configuration with a ``UserError`` once all of its values are valid by themselves.
       home: the module that registered it.
     """
@@ -82,7 +88,7 @@ class Registry(Generic[T]):
         home = _registering_module()
 
         def add(value: D) -> D:
-            self._add(home, name, Entry(value, section, check, home))  # type: ignore[arg-type]
+            self._add(home, name, Entry(value, section or NoSection, check, home))  # type: ignore[arg-type]
             return value
 
         return add
@@ -90,7 +96,7 @@ class Registry(Generic[T]):
     def add(self, name: str, value: T, section: Any = None, *, check: Callable[[Any], None] | None = None) -> None:
         """Adds a value under ``name``, as ``register`` does."""
         home = _registering_module()
-        self._add(home, name, Entry(value, section, check, home))
+        self._add(home, name, Entry(value, section or NoSection, check, home))
 
     def check_every(self, check: Callable[[Any], None]) -> Callable[[Any], None]:
         """Makes ``check`` refuse configurations whatever is chosen, as ``Entry.check`` does for one choice."""
@@ -102,7 +108,7 @@ class Registry(Generic[T]):
             self.entries()  # what is shipped comes first, and a name of it is taken
         if name in self._entries and (other := self._entries[name].home) != home:  # a module may be loaded again
             raise UserError(f"the {self.what} {name!r} is registered by {other} and by {home}; give one another name")
-        lacking = set(self._needs) - {field.name for field in dataclasses.fields(entry.section or _Nothing)}
+        lacking = set(self._needs) - {field.name for field in dataclasses.fields(entry.section)}
         if lacking:
             raise UserError(f"the {self.what} {name!r}: its section lacks {', '.join(sorted(lacking))}")
         self._entries[name] = entry
@@ -142,7 +148,7 @@ class Registry(Generic[T]):
         if isinstance(section, Mapping):
             kind = section.get("kind", self.default)
             return kind if isinstance(kind, str) else None if kind is None else repr(kind)
-        if dataclasses.is_dataclass(section) and not isinstance(section, type):
+        if dataclasses.is_dataclass(section) and not isinstance(section, type | NoSection):
             known = [name for name, entry in self.entries().items() if type(section) is entry.section]
             return known[0] if len(known) == 1 else str(vars(section)["kind"]) if known else type(section).__name__
         return self.default
@@ -186,11 +192,6 @@ def _registering_module() -> str:
     while frame is not None and frame.f_code.co_name != "<module>":
         frame = frame.f_back
     return str(frame.f_globals["__name__"]) if frame is not None else "__main__"
-
-
-@dataclasses.dataclass(frozen=True)
-class _Nothing:
-    """The section of a choice that has none."""
 
 
 def _validate_section(section: Any, value: Any) -> Any:
@@ -290,3 +291,11 @@ SCHEDULES: Registry[Any] = Registry(
 SOURCES: Registry[Any] = Registry(
     "data source", "intttrain.data.text_files", "intttrain.data.tensorflow_sources", needs=("kind",)
 )
+# By name, since ``intttrain eval --help`` lists them without loading any.
+SHIPPED_TASKS = {
+    "positions": "intttrain.evals.positions.evaluate", "context": "intttrain.evals.positions.context",
+    "calibrate": "intttrain.evals.gating.study", "gating": "intttrain.evals.gating.study",
+    "ruler": "intttrain.evals.ruler.evaluate", "code": "intttrain.evals.code.evaluate",
+}  # fmt: skip
+EVAL_TASKS: Registry[Any] = Registry("evaluation task", *dict.fromkeys(SHIPPED_TASKS.values()), default="positions")
+FAMILIES: Registry[Any] = Registry("family", "intttrain.config.families")

@@ -4,7 +4,6 @@ A configuration file (``configs/*.py``) returns an ``ml_collections.ConfigDict``
 ``default_config()``; the command line changes single values with ``--config.a.b=v``; ``resolve()`` turns the
 result into the frozen dataclasses below and refuses anything incomplete, misspelt or inconsistent with a
 ``UserError``. Code receives only these dataclasses, so no reader needs a default of its own.
-
 An optional feature is an optional section (``model.ttt = None`` is a plain Qwen3 or Llama).
 """
 
@@ -25,6 +24,7 @@ from pydantic.dataclasses import dataclass
 from intttrain.config.dotted import flatten, unflatten
 from intttrain.config.errors import UserError, did_you_mean, nearest_divisors
 from intttrain.config.evaluation import EvalConfig
+from intttrain.config.families import FamilyName
 from intttrain.config.literals import (
     STRICT,
     AboveOne,
@@ -37,6 +37,7 @@ from intttrain.config.literals import (
 )
 from intttrain.config.problems import explain_problem
 from intttrain.config.registry import (
+    EVAL_TASKS,
     OPTIMIZERS,
     SCHEDULES,
     SOURCES,
@@ -82,9 +83,9 @@ class RopeConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class ModelConfig:
-    """A Qwen3- or Llama-style decoder; ``family`` decides the per-head q/k RMSNorm and the exported names."""
+    """A decoder of one of the families in ``config/families.py``, which says what it has and how it is exported."""
 
-    family: Literal["qwen3", "llama"]
+    family: FamilyName
     vocab_size: PositiveInt
     d_model: PositiveInt
     d_ff: PositiveInt
@@ -465,6 +466,7 @@ def _registered(config: Config) -> Iterator[tuple[Registry[Any], Any]]:
     yield SOURCES, config.prepare.source
     if config.model.ttt is not None:
         yield UPDATE_RULES, config.model.ttt.update
+    yield EVAL_TASKS, config.eval.own
 
 
 def _check_stages(config: Config) -> None:

@@ -16,6 +16,8 @@ gating/         which chunks should be written
 ruler/          RULER: samples, answers, scores            prepare_ruler, evaluate_ruler
 code/           HumanEval, with a sandbox for its programs evaluate_code
 harness         tasks of lm-evaluation-harness             Respondent, register_model
+run             what a task of ``--task`` gets             EvalRun
+conditions      update on, off, gated; a dense twin        Condition, make_conditions
 bootstrap       intervals over documents                   bootstrap_level, bootstrap_difference
 tables          estimates as JSON and as lines of a table
 batches         rows of documents as batches
@@ -26,6 +28,7 @@ answers         answers on disk, to go on after a stop     AnswerFile
 from intttrain.evals.answers import AnswerFile
 from intttrain.evals.bootstrap import Estimate, bootstrap_difference, bootstrap_level
 from intttrain.evals.completion import Complete, Completer, TextStream
+from intttrain.evals.conditions import Condition, make_conditions
 from intttrain.evals.gating.study import study_gates
 from intttrain.evals.positions.evaluate import evaluate_run
 from intttrain.evals.positions.losses import PositionLosses, evaluate_positions
@@ -35,12 +38,15 @@ from intttrain.evals.ruler.data import prepare_ruler
 from intttrain.evals.ruler.evaluate import evaluate_ruler
 from intttrain.evals.ruler.report import RulerReport
 from intttrain.evals.ruler.tasks import RulerSample, RulerSet
+from intttrain.evals.run import EvalRun
 
 __all__ = [
     "AnswerFile",
     "Complete",
     "Completer",
+    "Condition",
     "Estimate",
+    "EvalRun",
     "NgramCounts",
     "PositionLosses",
     "PositionReport",
@@ -55,6 +61,7 @@ __all__ = [
     "evaluate_positions",
     "evaluate_ruler",
     "evaluate_run",
+    "make_conditions",
     "make_report",
     "prepare_ruler",
     "study_gates",

@@ -22,7 +22,7 @@ from intttrain import ttt
 from intttrain.config import ModelConfig
 from intttrain.data import Tokenizer
 from intttrain.evals.completion import Completer
-from intttrain.evals.positions.context import Condition
+from intttrain.evals.conditions import Condition
 from intttrain.layout.sharding import constrain, using_mesh
 from intttrain.model import Generator, Params, Reading, Sampling, bind, piece_tokens, read_documents
 

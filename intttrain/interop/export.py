@@ -20,7 +20,8 @@ from safetensors.numpy import save_file
 from intttrain.config import ModelConfig
 from intttrain.config.dotted import flatten
 from intttrain.config.errors import UserError
-from intttrain.interop.hf_config import FAMILIES, make_hf_config, needs_modeling_file
+from intttrain.config.registry import FAMILIES
+from intttrain.interop.hf_config import make_hf_config, needs_modeling_file
 from intttrain.interop.implemented import MODELING_FILE, MODELING_PATH
 from intttrain.interop.names import HFTensor, leaf_shapes, list_tensors
 from intttrain.storage.publish import check_target_free, publish_directory
@@ -89,13 +90,21 @@ def export_model(
         _write_json(fresh / "config.json", config)
         _write_json(fresh / "generation_config.json", _generation_config(end_of_document))
         if needs_modeling_file(model_config):
-            shutil.copyfile(MODELING_PATH, fresh / MODELING_FILE)
+            (fresh / MODELING_FILE).write_text(modeling_text(model_config.family), encoding="utf-8")
         _write_tokenizer(fresh, tokenizer_files, end_of_document)
         _write_shards(fresh, leaves, plan_shards(tensors, dtype, max_shard_bytes), dtype)
         files = tuple(sorted(path.name for path in fresh.iterdir()))
     parameters = sum(math.prod(tensor.shape) for tensor in tensors)
     tensor_bytes = parameters * _NUMPY_DTYPES[dtype].itemsize
     return ExportResult(output, files, parameters, tensor_bytes, _notes(model_config, tokenizer_files))
+
+
+def modeling_text(family: str) -> str:
+    """Returns the modelling file, with the classes of a family that it does not define by itself."""
+    text = MODELING_PATH.read_text(encoding="utf-8")
+    described = FAMILIES[family]
+    line = f'define_classes("{described.class_stem}", knows_window={described.window != "none"})\n'
+    return text if line in text else text + line
 
 
 def plan_shards(tensors: Sequence[HFTensor], dtype: Dtype, max_shard_bytes: int) -> list[list[HFTensor]]:
@@ -200,7 +209,7 @@ def _notes(model: ModelConfig, tokenizer_files: Sequence[Path]) -> tuple[str, ..
         notes.append("loaded without trust_remote_code the model runs with its update switched off")
     if model.ttt is not None and model.ttt.target not in RELEASE_TARGETS:
         notes.append(f'ttt_target "{model.ttt.target}" is not known to the In-Place TTT release')
-    if model.sliding_window is not None and not FAMILIES[model.family].stock_window:
+    if model.sliding_window is not None and FAMILIES[model.family].window == "none":
         notes.append(f"stock {model.family} ignores sliding_window={model.sliding_window}: it needs trust_remote_code")
     if not tokenizer_files:
         notes.append("no tokenizer files were copied: prompts must be token ids")

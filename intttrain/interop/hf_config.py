@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from intttrain.config import Llama3Scaling, ModelConfig, RopeConfig, TTTConfig, YarnScaling
 from intttrain.config.errors import UserError, did_you_mean
-from intttrain.config.registry import TARGETS, UPDATE_RULES
+from intttrain.config.registry import FAMILIES, TARGETS, UPDATE_RULES
 from intttrain.config.ttt import BOUNDS
 from intttrain.interop.implemented import MODELING_FILE, check_implemented
 
@@ -28,32 +28,9 @@ _UPDATE_KEY = "intttrain_update"
 Json = dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """What differs between families in ``config.json``.
-
-    Attributes:
-      class_stem: ``<stem>ForCausalLM`` is the stock class.
-      default_head_dim: used when a config has no ``head_dim``; ``None`` means width / heads.
-      stock_window: whether the stock class knows a sliding window.
-      square_heads: whether the stock config insists that the heads divide the width.
-    """
-
-    class_stem: str
-    default_head_dim: int | None
-    stock_window: bool
-    square_heads: bool
-
-
-FAMILIES: dict[str, Family] = {
-    "qwen3": Family("Qwen3", default_head_dim=128, stock_window=True, square_heads=False),
-    "llama": Family("Llama", default_head_dim=None, stock_window=False, square_heads=True),
-}
-
-
 def needs_modeling_file(model: ModelConfig) -> bool:
     """Whether stock transformers alone cannot run ``model`` exactly."""
-    return model.ttt is not None or (model.sliding_window is not None and not FAMILIES[model.family].stock_window)
+    return model.ttt is not None or (model.sliding_window is not None and FAMILIES[model.family].window == "none")
 
 
 def make_hf_config(
@@ -122,15 +99,15 @@ def read_hf_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     """Returns the architecture that ``config.json`` describes.
 
     Args:
-      config: the parsed file; stock Qwen3 / Llama, the release's, or our own export.
+      config: the parsed file; of a stock model, the release's, or our own export.
       where: shown in errors, usually the file's path.
 
     Raises:
       UserError: an unknown ``model_type``, a missing key, or an option that this project does not implement.
     """
     name = _need(config, "model_type", where)
-    if name not in FAMILIES:
-        raise UserError(f"{where}: model_type={name!r} is not supported{did_you_mean(str(name), FAMILIES)}")
+    if name not in (known := FAMILIES.names()):
+        raise UserError(f"{where}: model_type={name!r} is not supported{did_you_mean(str(name), known)}")
     _refuse_unsupported(config, where)
     try:
         return _model_config(name, config, where)
@@ -161,7 +138,7 @@ def _model_config(name: Any, config: Mapping[str, Any], where: str) -> ModelConf
 
 def _need(config: Mapping[str, Any], key: str, where: str) -> Any:
     if config.get(key) is None:
-        raise UserError(f"{where}: {key} is missing; a {'/'.join(FAMILIES)} config.json always has it")
+        raise UserError(f"{where}: {key} is missing; a {'/'.join(FAMILIES.names())} config.json always has it")
     return config[key]
 
 
@@ -183,9 +160,11 @@ def _refuse_unsupported(config: Mapping[str, Any], where: str) -> None:
 
 def _window_keys(model: ModelConfig) -> Json:
     window = model.sliding_window
-    if not FAMILIES[model.family].stock_window:
-        # Read by our modelling file; the stock class of such a family attends to everything.
-        return {} if window is None else {"sliding_window": window}
+    match FAMILIES[model.family].window:
+        case "none":  # read by our modelling file; the stock class of such a family attends to everything
+            return {} if window is None else {"sliding_window": window}
+        case "number":  # None is written too: the stock class may have another default
+            return {"sliding_window": window}
     kind = "full_attention" if window is None else "sliding_attention"
     return {
         "use_sliding_window": window is not None,
@@ -196,7 +175,7 @@ def _window_keys(model: ModelConfig) -> Json:
 
 
 def _read_window(config: Mapping[str, Any], where: str) -> int | None:
-    if not FAMILIES[config["model_type"]].stock_window:
+    if FAMILIES[config["model_type"]].window != "switch":
         return _value(config, "sliding_window", None)
     window = config.get("sliding_window") if _value(config, "use_sliding_window", False) else None
     if window is None:

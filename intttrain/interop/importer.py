@@ -1,4 +1,4 @@
-"""A Hugging Face folder (stock Qwen3 / Llama, the In-Place TTT release's, or our export) -> our parameters."""
+"""A Hugging Face folder (a stock model, the In-Place TTT release's, or our export) -> our parameters."""
 
 from __future__ import annotations
 

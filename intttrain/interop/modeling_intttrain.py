@@ -1,4 +1,4 @@
-"""In-Place Test-Time Training for Hugging Face transformers: Qwen3 and Llama decoders with fast weights.
+"""In-Place Test-Time Training for Hugging Face transformers: decoders such as Qwen3 and Llama with fast weights.
 
 This file stands alone beside the weights (torch and transformers 4.57 or newer) and is loaded by
 
@@ -25,6 +25,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -33,8 +34,6 @@ import transformers
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_sliding_window_causal_mask
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM, Qwen3Model
 
 if TYPE_CHECKING:
     _Stock = Any  # the mixins below stand in front of a class of transformers
@@ -644,29 +643,6 @@ def _window_mask(config: Any, embeds_BTD: torch.Tensor, attention_mask: Any, pos
     return create_sliding_window_causal_mask(**{key: value for key, value in choices.items() if key in known})
 
 
-class InPlaceTTTQwen3DecoderLayer(_LayerMixin, Qwen3DecoderLayer):
-    """Qwen3 layer."""
-
-
-class InPlaceTTTLlamaDecoderLayer(_LayerMixin, LlamaDecoderLayer):
-    """Llama layer."""
-
-
-class InPlaceTTTQwen3Model(_ModelMixin, Qwen3Model):
-    """Qwen3 decoder without a head."""
-
-    layer_class = InPlaceTTTQwen3DecoderLayer
-    _no_split_modules: ClassVar[list[str]] = ["InPlaceTTTQwen3DecoderLayer"]
-
-
-class InPlaceTTTLlamaModel(_ModelMixin, LlamaModel):
-    """Also reads ``config.sliding_window``, which the stock class does not know."""
-
-    layer_class = InPlaceTTTLlamaDecoderLayer
-    knows_window = False
-    _no_split_modules: ClassVar[list[str]] = ["InPlaceTTTLlamaDecoderLayer"]
-
-
 class _CausalLMMixin(_LoadMixin):
     model_class: type
 
@@ -677,21 +653,34 @@ class _CausalLMMixin(_LoadMixin):
         self.post_init()
 
 
-class InPlaceTTTQwen3ForCausalLM(_CausalLMMixin, Qwen3ForCausalLM):
-    """Qwen3 with fast weights and a language-model head."""
+def define_classes(stem: str, *, knows_window: bool) -> None:
+    """Adds ``InPlaceTTT<stem>DecoderLayer``, ``...Model`` and ``...ForCausalLM`` to this file.
 
-    model_class = InPlaceTTTQwen3Model
+    Args:
+      stem: of the stock classes, ``Qwen3``; their layers hold a gated MLP, ``mlp``, as those of Llama do.
+      knows_window: whether the stock decoder applies ``config.sliding_window``; if not, it is applied here.
+    """
+    name = f"InPlaceTTT{stem}"
+    head = getattr(transformers, f"{stem}ForCausalLM", None)
+    if head is None:
+        raise ImportError(
+            f"transformers {transformers.__version__} has no {stem}ForCausalLM; use a release that has it"
+        )
+    stock = sys.modules[head.__module__]
+
+    def define(suffix: str, mixin: type, **attributes: Any) -> type:
+        described = {"__module__": __name__, "__doc__": f"{stem}{suffix} with fast weights."}
+        made = type(name + suffix, (mixin, getattr(stock, stem + suffix)), described | attributes)
+        globals()[name + suffix] = made
+        return made
+
+    layer = define("DecoderLayer", _LayerMixin)
+    attributes = {"layer_class": layer, "knows_window": knows_window, "_no_split_modules": [layer.__name__]}
+    model: Any = define("Model", _ModelMixin, **attributes)
+    causal: Any = define("ForCausalLM", _CausalLMMixin, model_class=model)
+    model.register_for_auto_class("AutoModel")  # so that save_pretrained copies this file; newer releases do it
+    causal.register_for_auto_class("AutoModelForCausalLM")
 
 
-class InPlaceTTTLlamaForCausalLM(_CausalLMMixin, LlamaForCausalLM):
-    """Llama with fast weights and a language-model head."""
-
-    model_class = InPlaceTTTLlamaModel
-
-
-for _auto_class, _classes in (
-    ("AutoModel", (InPlaceTTTQwen3Model, InPlaceTTTLlamaModel)),
-    ("AutoModelForCausalLM", (InPlaceTTTQwen3ForCausalLM, InPlaceTTTLlamaForCausalLM)),
-):
-    for _class in _classes:
-        _class.register_for_auto_class(_auto_class)  # so that save_pretrained copies this file; newer releases do it
+define_classes("Qwen3", knows_window=True)
+define_classes("Llama", knows_window=False)

@@ -18,7 +18,7 @@ import numpy as np
 
 from intttrain import ttt
 from intttrain.config import ModelConfig
-from intttrain.config.registry import TARGETS
+from intttrain.config.registry import FAMILIES, TARGETS
 
 Array = Any  # numpy or JAX
 Stack = Literal["none", "layers", "ttt"]
@@ -59,14 +59,10 @@ _LAYER = (
     Rule("layers.mlp.down", "model.layers.{}.mlp.down_proj.weight", "D F", "D F"),
 )
 
-# Rules that only one family has.
-_FAMILY_LAYER: dict[str, tuple[Rule, ...]] = {
-    "qwen3": (
-        Rule("layers.attention.q_norm", "model.layers.{}.self_attn.q_norm.weight", "H", "H"),
-        Rule("layers.attention.k_norm", "model.layers.{}.self_attn.k_norm.weight", "H", "H"),
-    ),
-    "llama": (),
-}
+_QK_NORM = (
+    Rule("layers.attention.q_norm", "model.layers.{}.self_attn.q_norm.weight", "H", "H"),
+    Rule("layers.attention.k_norm", "model.layers.{}.self_attn.k_norm.weight", "H", "H"),
+)
 
 # ttt_proj is used as ``u @ weight``, so its orientation is ours, not that of a Linear.
 _TTT_TARGET = Rule("ttt.target", "model.layers.{}.mlp.ttt_proj.weight", "D D", "D D", "ttt")
@@ -109,8 +105,9 @@ def list_tensors(model: ModelConfig) -> list[HFTensor]:
     """Returns every tensor of ``model`` in checkpoint order: embedding, layer by layer, final norm, head."""
     tensors = [_tensor(model, _EMBED, None, None)]
     ttt_layers = () if model.ttt is None else model.ttt.layers
+    rules = _LAYER + (_QK_NORM if FAMILIES[model.family].qk_norm else ())
     for layer in range(model.num_layers):
-        tensors += [_tensor(model, rule, layer, layer) for rule in _LAYER + _FAMILY_LAYER[model.family]]
+        tensors += [_tensor(model, rule, layer, layer) for rule in rules]
         if layer in ttt_layers:
             tensors += [_tensor(model, rule, layer, ttt_layers.index(layer)) for rule in _ttt_rules(model)]
     tensors.append(_tensor(model, _FINAL_NORM, None, None))

@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from intttrain.config import ModelConfig
+from intttrain.config.registry import FAMILIES
 from intttrain.layout.sharding import constrain
 from intttrain.model.layers import make_param, rms_norm
 from intttrain.model.linear import linear
@@ -22,7 +23,7 @@ from intttrain.model.rope import RopeTables, rotate
 
 
 class Attention(nnx.Module):
-    """Projections of one attention block (or a stack of them), with q/k norms in the Qwen3 family."""
+    """Projections of one attention block (or a stack of them), with q/k norms where the family has them."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, stack: tuple[int, ...] = ()):
         d, n, k, h = config.d_model, config.num_heads, config.num_kv_heads, config.head_dim
@@ -31,7 +32,7 @@ class Attention(nnx.Module):
         self.k = make_param(rngs, stack, (d, k, h), ("embed", "kv_heads", "head_dim"), scale)
         self.v = make_param(rngs, stack, (d, k, h), ("embed", "kv_heads", "head_dim"), scale)
         self.o = make_param(rngs, stack, (n, h, d), ("heads", "head_dim", "embed"), scale)
-        self.has_qk_norm = config.family == "qwen3"
+        self.has_qk_norm = FAMILIES[config.family].qk_norm
         if self.has_qk_norm:
             self.q_norm = make_param(rngs, stack, (h,), ("norm",), None)
             self.k_norm = make_param(rngs, stack, (h,), ("norm",), None)

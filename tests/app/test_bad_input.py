@@ -163,7 +163,7 @@ def test_program_answers_bad_flags_without_loading_jax(tmp_path: Path) -> None:
         ("--config.data.heldout=None --config.eval.every_steps=5", ["eval.every_steps=5 needs data.heldout"]),
         ("--config.train.profile_steps=(5,2)", ["train.profile_steps=(5, 2)", "use for example (5, 7)"]),
         ("--config.train.num_steps=0", ["train.num_steps=0", "greater than 0"]),
-        ("--config.model.family=gpt", ["model.family='gpt'", "'qwen3' or 'llama'"]),
+        ("--config.model.family=gpt", ["model.family='gpt'", "'qwen3', 'llama'"]),
         ("--config.model.ttt.chunk_tokens=24", ["model.ttt.chunk_tokens=24", "data.seq_len=64", "use 16, 32, 64"]),
         ("--config.model.ttt.layers=(0,7)", ["layer 7 is outside the model", "num_layers=2", "use indices 0 to 1"]),
         ("--config.model.ttt.layers=(0,", ["--config.model.ttt.layers=(0,"]),

@@ -18,8 +18,8 @@ import jax
 import pytest
 from etils import epath
 
-from intttrain.app.evaluate import write_into_free_folder
 from intttrain.config.errors import PassingError
+from intttrain.evals.run import write_into_free_folder
 from intttrain.logs import workdir as workdir_module
 from intttrain.logs.workdir import Workdir, make_place
 from intttrain.train import Checkpoints

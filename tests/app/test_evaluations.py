@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from intttrain.app import cli as cli_module
-from intttrain.app import evaluate
+from intttrain.config.registry import EVAL_TASKS, SHIPPED_TASKS
 from intttrain.evals.gating import study as gating_study
 from tests.app.conftest import World
 from tests.app.small import cli, done, error_line, unchanged
 
+PACKAGE = set(SHIPPED_TASKS.values())
 GATES = "--config.eval.gates=({'rule': 'online'},)"
 
 
@@ -22,8 +22,9 @@ def result_of(workdir: Path, name: str) -> Any:
     return json.loads(path.read_text())
 
 
-def test_the_tasks_of_the_flag_are_those_of_the_command() -> None:
-    assert list(cli_module.TASKS) == list(evaluate.TASKS)
+def test_help_names_the_tasks_that_are_shipped() -> None:
+    assert set(SHIPPED_TASKS) == {name for name, entry in EVAL_TASKS.entries().items() if entry.home in PACKAGE}
+    assert ", ".join(SHIPPED_TASKS) in " ".join(done("eval", "--help").out.split())
 
 
 def test_context(world: World, wild: tuple[Path, str]) -> None:
@@ -84,7 +85,7 @@ def test_thresholds_go_from_calibration_into_generation(
             ["--task=context", "--config.eval.gates=({'rule': 'threshold'},)"],
             ["takes 1 thresholds", "not 0", "calibrate"],
         ),
-        (["--task=anything"], ["--task=anything", "positions"]),
+        (["--task=contxt"], ["--task=contxt: ", "'positions'", "did you mean 'context'?"]),
     ],
 )
 def test_bad_input(world: World, wild: tuple[Path, str], flags: list[str], parts: list[str]) -> None:

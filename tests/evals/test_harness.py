@@ -13,8 +13,8 @@ import pytest
 from intttrain.app.harness import load_respondent
 from intttrain.config.errors import UserError
 from intttrain.data.tokenizers import ByteTokenizer
+from intttrain.evals.conditions import Condition
 from intttrain.evals.harness import Respondent, padded_length, register_model
-from intttrain.evals.positions.context import Condition
 from intttrain.model import abstract_params, bind
 from tests.evals.cases import CHUNK, MODEL
 

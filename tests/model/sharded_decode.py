@@ -14,9 +14,9 @@ import numpy as np
 from intttrain import ttt
 from intttrain.config import MeshConfig
 from intttrain.data.tokenizers import ByteTokenizer
+from intttrain.evals.conditions import Condition
 from intttrain.evals.gating.documents import GatedDocuments
 from intttrain.evals.harness import Respondent
-from intttrain.evals.positions.context import Condition
 from intttrain.layout.mesh import make_mesh
 from intttrain.layout.sharding import named_shardings
 from intttrain.model import Generator, Request, Sampling, logical_axes

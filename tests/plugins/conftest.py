@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import tests.interop.conftest  # noqa: F401  (what transformers caches goes into a folder of the test run)
 from intttrain.config import registry
 from tests.app.small import CONFIG_TEXT, WORDS, World, done
 
@@ -59,6 +60,7 @@ def trained(world: World) -> Path:
 
 
 OWN_PARTS = (
+    "--config.model.family=mistral",
     "--config.model.ttt.update={'kind': 'forgets', 'retained': 0.7}",
     "--config.model.ttt.target=next_embed",
     "--config.train.optimizer={'kind': 'muon', 'beta': 0.9}",

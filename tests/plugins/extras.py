@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,10 +14,31 @@ import optax
 import optax.contrib
 
 from intttrain.config.errors import UserError
-from intttrain.config.literals import Fraction, MomentDecay, NonNegativeFloat, PositiveFloat, PositiveInt, section
-from intttrain.config.registry import GATE_RULES, GATE_SIGNALS, OPTIMIZERS, SCHEDULES, SOURCES, TARGETS, UPDATE_RULES
+from intttrain.config.families import Family
+from intttrain.config.literals import (
+    Fraction,
+    MomentDecay,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Switch,
+    section,
+)
+from intttrain.config.registry import (
+    EVAL_TASKS,
+    FAMILIES,
+    GATE_RULES,
+    GATE_SIGNALS,
+    OPTIMIZERS,
+    SCHEDULES,
+    SOURCES,
+    TARGETS,
+    UPDATE_RULES,
+)
 from intttrain.config.training import ScheduleConfig
 from intttrain.config.ttt import TTTConfig
+from intttrain.evals.run import EvalRun
+from intttrain.model import Sampling
 from intttrain.ttt.gating import BlindRule, SignalRule
 from intttrain.ttt.signals import LayerSignal
 from intttrain.ttt.targets import Target
@@ -129,3 +151,60 @@ def read_jsonl(source: JsonlSource, counts: Any, report: Callable[[str], None]) 
             if source.text_key not in (record := json.loads(line)):
                 raise UserError(f"prepare.source.text_key={source.text_key!r} is not in line {number + 1} of {path}")
             yield f"{path.name}/{number}", record[source.text_key]
+
+
+# --- evaluation task -----------------------------------------------------------------------------------------------
+
+
+@section
+class VowelsConfig:
+    """Which letters are counted, in held-out documents or in what the model writes."""
+
+    kind: Literal["vowels"] = "vowels"
+    letters: str = "aeiou"
+    written: Switch = False
+
+
+@dataclasses.dataclass(frozen=True)
+class VowelsReport:
+    """How many of some letters there are among all."""
+
+    letters: str
+    found: int
+    among: int
+
+    def table(self) -> str:
+        return f"{self.found} of {self.among} are in {self.letters}\n"
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@EVAL_TASKS.register("vowels", VowelsConfig)
+def vowels(run: EvalRun) -> None:
+    own = run.config.eval.own
+    if own.written:
+        answers = run.completers()["on"](["def ", "return"], max_new_tokens=4, sampling=Sampling(temperature=0.0))
+        texts = [text for _, text in answers]
+    else:
+        texts = [run.tokenizer.decode(row.tokens_BT.tolist()) for row in run.heldout(64, 64)]
+    run.report(f"counting {own.letters} in {len(texts)} texts")
+    run.finish(
+        VowelsReport(own.letters, sum(text.count(one) for text in texts for one in own.letters), sum(map(len, texts)))
+    )
+
+
+@section
+class CountedConfig:
+    """What is counted, which has no default."""
+
+    of: str
+    kind: Literal["counted"] = "counted"
+
+
+EVAL_TASKS.add("counted", vowels, CountedConfig)
+
+
+# --- Hugging Face family -------------------------------------------------------------------------------------------
+
+FAMILIES.add("mistral", Family("Mistral", window="number"))

@@ -15,11 +15,13 @@ import numpy as np
 from intttrain.config import EvalConfig
 from intttrain.config.errors import UserError
 from intttrain.config.evaluation import CodeConfig
+from intttrain.config.registry import EVAL_TASKS
 from intttrain.evals.answers import AnswerFile, Settings, open_answers
 from intttrain.evals.code.problems import STOP, Problem, load_problems
 from intttrain.evals.code.report import CodeReport, make_code_report
 from intttrain.evals.code.sandbox import Limits, Verdict, check_sandbox, run_programs
 from intttrain.evals.completion import Complete
+from intttrain.evals.run import EvalRun
 from intttrain.logs.progress import LineStream, Progress
 from intttrain.model.sampling import Sampling
 from intttrain.pod.agreement import decided_by_first, on_first_process
@@ -30,6 +32,16 @@ Report = Callable[[str], None]
 class _Question(NamedTuple):
     key: str
     problem: Problem
+
+
+@EVAL_TASKS.register("code")
+def evaluate_checkpoint(run: EvalRun) -> None:
+    """Reports the pass@k of a checkpoint under each of its conditions."""
+    result = evaluate_code(
+        run.completers(), name=run.config.name, folder=run.folder / "code", settings=run.settings,
+        config=run.config.eval, report=run.report, execute_untrusted_code=run.execute_model_code,
+    )  # fmt: skip
+    run.finish(result)
 
 
 def evaluate_code(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -16,6 +17,7 @@ import numpy as np
 from intttrain import ttt
 from intttrain.config import Config, ModelConfig
 from intttrain.config.errors import UserError
+from intttrain.config.registry import EVAL_TASKS
 from intttrain.data import Batch
 from intttrain.evals.gating.documents import Gated, GatedDocuments
 from intttrain.evals.gating.metrics import measure_rule, measure_shuffled, score_bases, score_controls, shared_counts
@@ -30,6 +32,7 @@ from intttrain.evals.gating.oracles import (
     rollout,
 )
 from intttrain.evals.gating.report import GateCost, GateRow, GateSetting, GatingReport, make_gating_report
+from intttrain.evals.run import EvalRun
 from intttrain.evals.tables import aligned
 from intttrain.model import Params, model_flops_per_token
 from intttrain.ttt.gating import HindsightRule
@@ -38,6 +41,41 @@ MIN_CALIBRATION_CHUNKS = 100
 Report = Callable[[str], None]
 # Threshold of each layer by signal, sign and rate.
 Thresholds = Mapping[tuple[str, str, float], np.ndarray]
+
+
+@EVAL_TASKS.register("gating")
+def evaluate_gating(run: EvalRun) -> None:
+    """Reports the gating study of a checkpoint; lengths of which there are no documents are left out with a note."""
+    config = run.config
+    rows_by_length, missing = {}, ""
+    for tokens in [multiple * config.data.seq_len for multiple in config.eval.gating.lengths]:
+        try:
+            rows_by_length[tokens] = run.heldout(tokens, tokens)
+        except UserError as error:
+            missing = str(error)
+            run.report(f"note: rows of {tokens} tokens are left out: {missing}")
+    if not rows_by_length:
+        raise UserError(f"eval.gating.lengths={list(config.eval.gating.lengths)} leaves nothing to read: {missing}")
+    result = study_gates(
+        config, run.params, rows_by_length=rows_by_length,
+        calibration_rows=run.calibration(), report=run.report, dense=run.dense, mesh=run.mesh,
+    )  # fmt: skip
+
+    def plot(folder: Path) -> list[str]:
+        from intttrain.evals.gating.figure import plot_gating  # loads matplotlib
+
+        plot_gating(result, folder)
+        return sorted(path.name for path in folder.glob("gating_*.png"))
+
+    run.finish(result, plot=plot)
+
+
+@EVAL_TASKS.register("calibrate")
+def evaluate_thresholds(run: EvalRun) -> None:
+    """Reports the thresholds of a checkpoint, to be given to gates."""
+    rows = run.calibration()
+    thresholds = calibrate(run.config, run.params, rows, mesh=run.mesh)
+    run.finish(Calibration(run.config.name, len(rows), thresholds), file="thresholds")
 
 
 def study_gates(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ import numpy as np
 from intttrain import ttt
 from intttrain.config import EvalConfig, ModelConfig
 from intttrain.config.errors import UserError
+from intttrain.config.registry import EVAL_TASKS
 from intttrain.data import Batch
 from intttrain.evals.batches import full_batches
 from intttrain.evals.bootstrap import (
@@ -32,25 +33,11 @@ from intttrain.evals.bootstrap import (
     bootstrap_level,
     few_warning,
 )
+from intttrain.evals.conditions import Condition
+from intttrain.evals.run import EvalRun
 from intttrain.evals.tables import aligned, estimate_json, with_interval
 from intttrain.layout.sharding import constrain, using_mesh
 from intttrain.model import Params, Reading, bind, piece_tokens, read_documents
-
-
-class Condition(NamedTuple):
-    """A model and how it reads.
-
-    Attributes:
-      model, params: of the run, or of a dense twin.
-      eta: size of an update; 0 switches it off.
-      gate, settings: which chunks are written.
-    """
-
-    model: ModelConfig
-    params: Params
-    eta: float
-    gate: ttt.GateRule = ttt.GateRule()
-    settings: ttt.GateSettings = ttt.GateSettings()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +92,17 @@ class ContextReport:
             f"how much was read\n[ ]: {INTERVAL:.0%} interval over documents"
         )
         return "\n".join([head, "", *aligned(cells), *(f"warning: {warning}" for warning in self.warnings)]) + "\n"
+
+
+@EVAL_TASKS.register("context")
+def evaluate_context(run: EvalRun) -> None:
+    """Reports what more context is worth to a checkpoint, under each of its conditions."""
+    longest = max(run.config.eval.context.lengths)
+    result = evaluate_contexts(
+        run.conditions(), run.heldout(longest, longest), run.config.eval, name=run.config.name,
+        unit=run.config.prepare.tokenizer.loss_unit, report=run.report, mesh=run.mesh,
+    )  # fmt: skip
+    run.finish(result)
 
 
 def evaluate_contexts(

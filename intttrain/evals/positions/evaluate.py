@@ -3,19 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import jax
 
 from intttrain.config import Config, ModelConfig
 from intttrain.config.errors import UserError
+from intttrain.config.registry import EVAL_TASKS
 from intttrain.data import Batch, TokenStore
 from intttrain.evals.positions.losses import PositionLosses, evaluate_positions
 from intttrain.evals.positions.ngram import DEFAULT_MAX_TOKENS, count_ngrams, evaluate_ngrams
 from intttrain.evals.positions.report import PositionReport, make_report
+from intttrain.evals.run import EvalRun
 from intttrain.logs.progress import LineStream, Progress, human_count
 from intttrain.model import Params
 
 Report = Callable[[str], None]
+
+
+@EVAL_TASKS.register("positions")
+def evaluate_held_out(run: EvalRun) -> None:
+    """Reports the held-out loss of a checkpoint by position, beside n-grams of the training store if there is one."""
+    config = run.config
+    rows = run.heldout(config.eval.seq_len, config.eval.min_document_tokens)
+    store = TokenStore.open(config.data.train[0].path) if config.data.train else None  # for the n-gram baselines
+    if store is not None:
+        store.check_tokenizer(run.tokenizer.fingerprint)
+    result = evaluate_run(
+        config, run.params, dense=run.dense, heldout_rows=rows, train_store=store, mesh=run.mesh, report=run.report
+    )
+
+    def plot(folder: Path) -> list[str]:
+        result.plot(folder / "positions.png")
+        return ["positions.png"]
+
+    run.finish(result, plot=plot)
 
 
 def evaluate_run(

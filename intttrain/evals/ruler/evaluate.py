@@ -15,15 +15,40 @@ from pathlib import Path
 import numpy as np
 
 from intttrain.config import EvalConfig
+from intttrain.config.errors import UserError
+from intttrain.config.registry import EVAL_TASKS
 from intttrain.evals.answers import AnswerFile, Settings, open_answers
 from intttrain.evals.completion import Complete
+from intttrain.evals.ruler.data import prepare_ruler
 from intttrain.evals.ruler.report import RulerReport, make_ruler_report
 from intttrain.evals.ruler.tasks import RulerSet, new_tokens
+from intttrain.evals.run import EvalRun
 from intttrain.logs.progress import LineStream, Progress
 from intttrain.model.sampling import Sampling
 from intttrain.pod.agreement import decided_by_first, on_first_process
+from intttrain.pod.distributed import process_count
 
 Report = Callable[[str], None]
+
+
+@EVAL_TASKS.register("ruler")
+def evaluate_checkpoint(run: EvalRun) -> None:
+    """Reports the scores of a checkpoint under each of its conditions."""
+    place = run.workdir.place
+    if not isinstance(place, Path) and process_count() > 1 and run.ruler_data is None:
+        raise UserError(
+            f"--workdir={place} gives every process a folder of its own, and all of {process_count()} read "
+            "the samples of RULER; name a folder that all of them see with --ruler_data"
+        )
+    sets = prepare_ruler(
+        run.config.eval.ruler, run.config.prepare.tokenizer, run.ruler_data or run.folder / "ruler",
+        max_length=None, report=run.report,
+    )  # fmt: skip
+    result = evaluate_ruler(
+        sets, run.completers(), name=run.config.name, answers=run.folder / "ruler_answers.jsonl",
+        settings=run.settings, config=run.config.eval, report=run.report,
+    )  # fmt: skip
+    run.finish(result)
 
 
 def evaluate_ruler(

@@ -13,9 +13,10 @@ from intttrain import ttt
 from intttrain.config import Config, default_config, resolve
 from intttrain.config.errors import UserError
 from intttrain.data import Batch
+from intttrain.evals.conditions import Condition
 from intttrain.evals.gating.documents import GatedDocuments
 from intttrain.evals.gating.study import calibrate, flops_share, study_gates
-from intttrain.evals.positions.context import Condition, evaluate_contexts
+from intttrain.evals.positions.context import evaluate_contexts
 from tests.model.test_gates import CHUNK, CHUNKS, MODEL, PARAMS, SETTINGS, TOKENS, T, read, rows
 
 # Of layers whose decisions differ, so that a mix-up of layers would be seen.
