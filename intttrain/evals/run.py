@@ -112,26 +112,23 @@ class EvalRun:
 
         return {name: completer(condition) for name, condition in self.conditions().items()}
 
-    def finish(
-        self, result: Result | None, *, plot: Callable[[Path], list[str]] | None = None, file: str | None = None
-    ) -> None:
-        """Prints a result and writes it below WORKDIR/eval; other processes than the first do nothing.
+    def finish(self, result: Result | None, *, plot: Callable[[Path], list[str]] | None = None) -> None:
+        """Prints a result and writes WORKDIR/eval/STEP/TASK.json; other processes than the first do nothing.
 
         Args:
           result: of the whole pod; the first process has to have it.
           plot: writes pictures into a folder and returns their names.
-          file: name of the result, without ``.json``; by default that of the task, for which ``--follow`` looks.
         """
         if process_index() != 0:
             return
         assert result is not None, "the first process has the result"
         print(result.table())
         content = {"step": self.step, **result.to_json()}
-        file = file or self.task
-        folder = write_into_free_folder(self.workdir, self.folder, f"{file}.json", content)
+        file = f"{self.task}.json"
+        folder = write_into_free_folder(self.workdir, self.folder, file, content)
         for picture in plot(folder) if plot is not None else []:
             print(f"plot {self.workdir.name(folder / picture)}")
-        print(f"json {self.workdir.name(folder / f'{file}.json')}")
+        print(f"json {self.workdir.name(folder / file)}")
         self.workdir.push_soon()
         if self.json is not None:
             write_json(self.json, content)

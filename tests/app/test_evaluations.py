@@ -57,7 +57,7 @@ def test_thresholds_go_from_calibration_into_generation(
     monkeypatch.setattr(gating_study, "MIN_CALIBRATION_CHUNKS", 10)
     grid = ("--config.eval.gating.rates=(0.5,)", "--config.eval.gating.signals=('nll',)")
     out = done("eval", world.config, f"--workdir={wild[0]}", "--task=calibrate", *grid).out
-    high, low = result_of(wild[0], "thresholds")["gates"]
+    high, low = result_of(wild[0], "calibrate")["gates"]  # the name for which --follow looks
     assert (high["update_on"], low["update_on"]) == ("high", "low") and high["thresholds"] == low["thresholds"]
     assert "training documents" in out
     command = ("generate", f"--workdir={wild[0]}", "--prompt=" + 40 * "a", "--temperature=0", "--max_new_tokens=4")

@@ -75,7 +75,7 @@ def evaluate_thresholds(run: EvalRun) -> None:
     """Reports the thresholds of a checkpoint, to be given to gates."""
     rows = run.calibration()
     thresholds = calibrate(run.config, run.params, rows, mesh=run.mesh)
-    run.finish(Calibration(run.config.name, len(rows), thresholds), file="thresholds")
+    run.finish(Calibration(run.config.name, len(rows), thresholds))
 
 
 def study_gates(
