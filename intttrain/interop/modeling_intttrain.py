@@ -513,7 +513,7 @@ class _LoadMixin(_Stock):
                 return
             with torch.no_grad():  # the method's own start: no update at first, yet a gradient
                 module.weight.zero_()
-                if isinstance(module, _TargetProjection):
+                if isinstance(module, _TargetProjection) and TARGETS[self.config.ttt_target].convolution:
                     module.weight.diagonal().normal_(0.0, self.config.initializer_range)
             return
         super()._init_weights(module)

@@ -162,6 +162,9 @@ def test_base_model_and_fresh_initialisation(tmp_path):
     assert not mlp.ttt_conv.weight.any()
     target = mlp.ttt_proj.weight.detach()
     assert target.diagonal().all() and not (target - torch.diag(target.diagonal())).any()
+    config.ttt_target = "next_hidden"  # without taps to be zero, the projection is
+    fresh = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    assert not fresh.model.layers[2].mlp.ttt_proj.weight.any()
 
 
 # --- loud failures -------------------------------------------------------------------------------------------------
