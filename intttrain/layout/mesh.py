@@ -13,7 +13,7 @@ from jax.experimental import mesh_utils
 
 from intttrain.config import MeshConfig
 from intttrain.config.errors import UserError, nearest_divisors
-from intttrain.layout.axes import AXES, SLICES_AXIS, check_axes
+from intttrain.layout.axes import AXES, ROW_AXIS, RULES, SLICES_AXIS, check_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +73,15 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     inner = tuple(size // shape.slices if axis == SLICES_AXIS else size for axis, size in shape.sizes.items())
     arranged = np.concatenate([_arrange(inner, group) for group in groups], axis=AXES.index(SLICES_AXIS))
     return jax.sharding.Mesh(arranged, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+
+
+def whole_rows_mesh(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
+    """Returns the same devices for rows that are read a token at a time: those that would cut a row take other rows."""
+    sizes = dict(mesh.shape)
+    inner = RULES["batch"][-1]
+    sizes[inner], sizes[ROW_AXIS] = sizes[inner] * sizes[ROW_AXIS], 1
+    beside = np.moveaxis(mesh.devices, AXES.index(ROW_AXIS), AXES.index(inner) + 1)  # the last of both varies fastest
+    return jax.sharding.Mesh(beside.reshape(tuple(sizes[axis] for axis in AXES)), AXES, axis_types=mesh.axis_types)
 
 
 def _slices(devices: list[jax.Device], slices: int) -> list[list[jax.Device]]:

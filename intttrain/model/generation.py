@@ -20,6 +20,7 @@ import numpy as np
 from intttrain import ttt
 from intttrain.config import ModelConfig
 from intttrain.config.errors import UserError
+from intttrain.layout.mesh import whole_rows_mesh
 from intttrain.layout.sharding import constrain, pieces_of, using_mesh
 from intttrain.model.decode import (
     DecodeState,
@@ -85,7 +86,7 @@ class Generator:
       max_tokens: the longest prompt with its continuation.
       eta: size of an update in place of the configured one; 0 switches test-time training off.
       gate, settings: which chunks are written.
-      mesh: rows are cut over ``data`` and ``fsdp``.
+      mesh: documents are cut over ``data``, ``fsdp`` and ``context``; none is cut itself.
       draws: J.
 
     Raises:
@@ -105,6 +106,7 @@ class Generator:
         mesh: jax.sharding.Mesh | None = None,
         draws: int = 16,
     ):
+        mesh = None if mesh is None else whole_rows_mesh(mesh)
         self.config, self.params, self.mesh, self.draws = config, params, mesh, draws
         self.max_tokens = max_tokens
         self.reading = Reading(piece_tokens(config), -(-max_tokens // CACHE_MULTIPLE) * CACHE_MULTIPLE, gate)

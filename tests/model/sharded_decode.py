@@ -22,7 +22,11 @@ from intttrain.layout.sharding import named_shardings
 from intttrain.model import Generator, Request, Sampling, logical_axes
 from tests.model.test_gates import MODEL, PARAMS, TOKENS
 
-MESHES = {"fsdp4": {"fsdp": 4}, "data2_tensor2": {"data": 2, "fsdp": 1, "tensor": 2}}
+MESHES = {
+    "fsdp4": {"fsdp": 4},
+    "data2_tensor2": {"data": 2, "fsdp": 1, "tensor": 2},
+    "fsdp2_context2": {"fsdp": 2, "context": 2},
+}
 RULE = ttt.GateRule("online", "reconstruction")
 PROMPTS = [TOKENS[n % 4, : 3 + 4 * n] for n in range(6)]
 
