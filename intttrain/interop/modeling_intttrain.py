@@ -17,7 +17,8 @@ the other rows of a batch change nothing. While decoding, the state lives in the
 Between two releases transformers renames what it hands to its layers. So the cache is found by its type, and every
 call checks that the fast weights were reached and saw what the attention saw: wrong is an error, never silent.
 
-Dims: B row, T tokens of this call, C tokens per chunk, M chunks, D model width, F feed-forward width.
+Letters: B row, R some of the rows, T tokens of this call, C tokens per chunk, M chunks, G tokens of M chunks,
+D model width, F feed-forward width, X any width.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 ``dense_attention`` forms all T x S scores; ``banded_attention`` cuts a sliding window into blocks and forms only the
 band, so time and memory grow with T * window. ``context_attention.py`` chooses among them and the TPU kernels.
 
-Letters: B row, T query tokens, S key tokens, D model width, N query heads, K key/value heads, H head dim, Y window.
+Letters: B row, T query tokens, S key tokens, D model width, N query heads, K key/value heads, H head dim,
+G query heads of a key/value head, J blocks of a row, Y window.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Attention of a few new tokens to all that a row has read, with keys and values in a ring.
 
-Letters: B row, P new tokens, S cached keys, s keys of a block, L layers, N query heads, K key/value heads, H head dim.
+Letters: B row, P new tokens, S cached keys, s keys of a block, L layers, N query heads, K key/value heads, H head dim,
+G query heads of a key/value head.
 """
 
 from __future__ import annotations

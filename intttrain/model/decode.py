@@ -3,7 +3,8 @@
 One function serves prompts (pieces of many tokens), generation (one token) and documents too long for one forward
 pass. Rows are at different places, and prefill + decode equals one full forward.
 
-Letters: B row, T tokens of a document, P tokens of a piece, M pieces, n TTT layers, D model width, V vocabulary.
+Letters: B row, T tokens of a document, P tokens of a piece, M pieces, n TTT layers, D model width, V vocabulary,
+F feed-forward width, N query heads, K key/value heads, H head dim, C tokens per chunk.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The decoder: Qwen3 and Llama families, with a fast down projection in the chosen layers.
 
-Letters: B row, T tokens, D model width, F feed-forward width, V vocabulary, L layers, n TTT layers, M chunks.
+Letters: B row, T tokens, D model width, F feed-forward width, V vocabulary, L layers, n TTT layers, M chunks,
+N query heads, K key/value heads, H head dim.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 What a kernel is mapped over is "parallel" to it, and both cores of a v4 or v5p work on that, backward too: rows where
 there are several, else key/value heads (which costs copies).
 
-Letters: B row, T query tokens, S key tokens, N query heads, K key/value heads, H head dim; n shards of a context axis.
+Letters: B row, T query tokens, S key tokens, N query heads, K key/value heads, H head dim,
+G query heads of a key/value head; n shards of a context axis.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ Where all tokens of a chunk read the state, or none does, ``W0 + S_i`` is one ma
 what they want of W0: one matmul serves both. Only a chunk in which a document begins after its first token takes more;
 its results then replace the usual ones.
 
-Letters: C tokens per chunk, M chunks, D model width, F feed-forward width.
+Letters: C tokens per chunk, M chunks, D model width, F feed-forward width, E either of both.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ Reading and writing are apart. ``read`` computes tokens with the state as it is,
 of the open chunk, and ``commit`` writes chunks that have become full, after all layers were read: so a gate may ask
 what the whole model made of the chunk. An open chunk never updates. Rows of a batch may be at different places.
 
-Letters: B row, P tokens of a piece, C tokens per chunk, D model width, F feed-forward width, n TTT layers.
+Letters: B row, P tokens of a piece, C tokens per chunk, D model width, F feed-forward width,
+L layers, n TTT layers.
 """
 
 from __future__ import annotations

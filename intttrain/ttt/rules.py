@@ -13,7 +13,7 @@ restates none of it, so another rule is a subclass that overrides ``retention``,
 closed gradient is differentiated by JAX. The Pallas kernels know ``UpdateRule()`` alone and refuse every other rule.
 ``model.ttt.update`` chooses a rule by the name under which it is registered; ``update_rule`` makes it.
 
-Letters: B row, C tokens per chunk, M chunks, D model width, F feed-forward width.
+Letters: B row, C tokens per chunk, M chunks, D model width, F feed-forward width, E either of both.
 """
 
 from __future__ import annotations
