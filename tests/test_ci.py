@@ -12,17 +12,19 @@ REPO = Path(__file__).resolve().parents[1]
 PARTS = ["check", "test", "test-slow", "check-plan", "test-newest"]
 MAKE = """#!/bin/sh
 echo "$1" >>"$CALLS"
-[ "$1" != "$FAILING" ] || { echo "== 1 failed, 2 passed =="; exit 2; }
+[ "$1" != "$FAILING" ] || { echo "== 1 failed, 2 passed =="; exit "$STATUS"; }
 echo "== 3 passed =="
 """
 
 
-def ci(folder: Path, failing: str = "", seconds: str = "3600") -> tuple[int, list[str], list[str]]:
+def ci(
+    folder: Path, failing: str = "", seconds: str = "3600", with_status: str = "2"
+) -> tuple[int, list[str], list[str]]:
     """Returns the status, the lines of output, and the parts that were run."""
     (folder / "make").write_text(MAKE)
     (folder / "make").chmod(0o755)
     environment = {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "CALLS": str(folder / "calls")}
-    environment |= {"FAILING": failing, "CI_SECONDS": seconds}
+    environment |= {"FAILING": failing, "CI_SECONDS": seconds, "STATUS": with_status}
     result = subprocess.run([REPO / ".ci" / "run"], env=environment, capture_output=True, text=True)
     assert result.stderr == ""
     return result.returncode, result.stdout.splitlines(), (folder / "calls").read_text().split()
@@ -45,6 +47,12 @@ def test_the_newest_releases_do_not_count(tmp_path):
     assert (status, parts) == (0, PARTS)
     assert [line for line in lines if "failed" in line] == ["newest: == 1 failed, 2 passed =="]
     assert lines[-1].startswith("CI passed: ") and "do NOT pass" in lines[-1]
+
+
+def test_newest_releases_that_were_not_tried_to_the_end_are_not_called_failing(tmp_path):
+    status, lines, parts = ci(tmp_path, failing="test-newest", with_status="124")  # of timeout
+    assert (status, parts) == (0, PARTS)
+    assert "did not end in time" in lines[-1] and "NOT pass" not in lines[-1]
 
 
 @pytest.mark.parametrize(
