@@ -4,6 +4,7 @@ A configuration file (``configs/*.py``) returns an ``ml_collections.ConfigDict``
 ``default_config()``; the command line changes single values with ``--config.a.b=v``; ``resolve()`` turns the
 result into the frozen dataclasses below and refuses anything incomplete, misspelt or inconsistent with a
 ``UserError``. Code receives only these dataclasses, so no reader needs a default of its own.
+
 An optional feature is an optional section (``model.ttt = None`` is a plain Qwen3 or Llama).
 """
 

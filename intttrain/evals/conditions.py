@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from intttrain import ttt
@@ -12,7 +13,7 @@ from intttrain.config import EvalConfig, ModelConfig
 from intttrain.config.errors import UserError
 from intttrain.config.evaluation import GateConfig
 from intttrain.config.registry import GATE_RULES
-from intttrain.model import Params
+from intttrain.model import Generator, Params
 
 
 class Condition(NamedTuple):
@@ -29,6 +30,13 @@ class Condition(NamedTuple):
     eta: float
     gate: ttt.GateRule = ttt.GateRule()
     settings: ttt.GateSettings = ttt.GateSettings()
+
+    def make_generator(self, *, rows: int, max_tokens: int, mesh: jax.sharding.Mesh | None) -> Generator:
+        """Returns what continues documents under this condition; arguments as in ``Generator``."""
+        return Generator(
+            self.model, self.params, rows=rows, max_tokens=max_tokens, eta=self.eta, gate=self.gate,
+            settings=self.settings, mesh=mesh,
+        )  # fmt: skip
 
 
 def make_conditions(

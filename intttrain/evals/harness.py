@@ -54,10 +54,7 @@ class Respondent:
         self._report = report
 
         def make_generator(max_tokens: int) -> Generator:
-            return Generator(
-                condition.model, condition.params, rows=rows, max_tokens=max_tokens, eta=condition.eta,
-                gate=condition.gate, settings=condition.settings, mesh=mesh,
-            )  # fmt: skip
+            return condition.make_generator(rows=rows, max_tokens=max_tokens, mesh=mesh)
 
         self._completer = Completer(make_generator, tokenizer, empty=[tokenizer.end_of_document])
 

@@ -72,6 +72,12 @@ class EvalRun:
         """What answers of the model depend on."""
         return {"run": self.config.name, "checkpoint": self.step, "tokenizer": self.tokenizer.fingerprint}
 
+    def store(self, path: str) -> TokenStore:
+        """Opens a store. Raises ``UserError`` if another tokenizer made it."""
+        store = TokenStore.open(path)
+        store.check_tokenizer(self.tokenizer.fingerprint)
+        return store
+
     def heldout(self, tokens: int, min_tokens: int) -> list[Batch]:
         """Returns held-out documents of at least ``min_tokens``, cut after ``tokens``."""
         if self.config.data.heldout is None:
@@ -88,10 +94,12 @@ class EvalRun:
         )
 
     def _documents(self, path: str, tokens: int, min_tokens: int, documents: int) -> list[Batch]:
-        store = TokenStore.open(path)
-        store.check_tokenizer(self.tokenizer.fingerprint)
         return document_rows(
-            store, seq_len=tokens, min_document_tokens=min_tokens, max_documents=documents, seed=self.config.eval.seed
+            self.store(path),
+            seq_len=tokens,
+            min_document_tokens=min_tokens,
+            max_documents=documents,
+            seed=self.config.eval.seed,
         ).rows
 
     def conditions(self) -> dict[str, Condition]:
@@ -103,10 +111,7 @@ class EvalRun:
 
         def completer(condition: Condition) -> Complete:
             def make(max_tokens: int) -> Generator:
-                return Generator(
-                    condition.model, condition.params, rows=self.config.eval.batch_rows, max_tokens=max_tokens,
-                    eta=condition.eta, gate=condition.gate, settings=condition.settings, mesh=self.mesh,
-                )  # fmt: skip
+                return condition.make_generator(rows=self.config.eval.batch_rows, max_tokens=max_tokens, mesh=self.mesh)
 
             return Completer(make, self.tokenizer)
 

@@ -86,7 +86,7 @@ class Generator:
       max_tokens: the longest prompt with its continuation.
       eta: size of an update in place of the configured one; 0 switches test-time training off.
       gate, settings: which chunks are written.
-      mesh: documents are cut over ``data``, ``fsdp`` and ``context``; none is cut itself.
+      mesh: rows lie over ``data``, ``fsdp`` and ``context``; none is cut.
       draws: J.
 
     Raises:

@@ -26,9 +26,7 @@ def evaluate_held_out(run: EvalRun) -> None:
     """Reports the held-out loss of a checkpoint by position, beside n-grams of the training store if there is one."""
     config = run.config
     rows = run.heldout(config.eval.seq_len, config.eval.min_document_tokens)
-    store = TokenStore.open(config.data.train[0].path) if config.data.train else None  # for the n-gram baselines
-    if store is not None:
-        store.check_tokenizer(run.tokenizer.fingerprint)
+    store = run.store(config.data.train[0].path) if config.data.train else None  # for the n-gram baselines
     result = evaluate_run(
         config, run.params, dense=run.dense, heldout_rows=rows, train_store=store, mesh=run.mesh, report=run.report
     )
